@@ -1,0 +1,80 @@
+"""Step 1: the set-up, with a network far too large for its task.
+
+Target: to be written.
+"""
+
+import sys
+
+import torch
+from torch import nn, optim
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+from common import Run, accelerate, evaluate, get_loaders, parse_args, print_summary, set_up
+from common import test, train
+
+EPOCHS = 15
+BATCH_SIZE = 128  # 469 batches an epoch
+LEARNING_RATE = 0.01
+MOMENTUM = 0.9
+MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1
+
+train_transform = v2.Compose([
+    v2.ToDtype(torch.float32, scale=True),  # 0..255 to 0..1
+    v2.Normalize(MEAN, STD),
+])
+test_transform = v2.Compose([
+    v2.ToDtype(torch.float32, scale=True),
+    v2.Normalize(MEAN, STD),
+])
+
+
+def block(in_channels, out_channels, padding=0):
+    """Return a 3x3 convolution and its ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, padding=padding),
+        nn.ReLU(),
+    )
+
+
+class Net(nn.Module):
+    """Takes normalised images Nx1x28x28, returns log-probabilities Nx10."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            block(1, 32, padding=1),  # 28x28x32 | RF 3
+            block(32, 64, padding=1),  # 28x28x64 | RF 5
+            nn.MaxPool2d(2),  # 14x14x64 | RF 6
+            block(64, 128, padding=1),  # 14x14x128 | RF 10
+            block(128, 256, padding=1),  # 14x14x256 | RF 14
+            nn.MaxPool2d(2),  # 7x7x256 | RF 16
+            block(256, 512),  # 5x5x512 | RF 24
+            block(512, 1024),  # 3x3x1024 | RF 32
+            nn.Conv2d(1024, 10, 3),  # 1x1x10 | RF 40
+        )
+
+    def forward(self, images):
+        scores = self.layers(images).flatten(1)  # Nx10x1x1 to Nx10
+        return F.log_softmax(scores, dim=1)
+
+
+def main(argv=None):
+    args = parse_args(argv, __doc__, EPOCHS, BATCH_SIZE)
+    with Run(__file__, args) as run:
+        set_up(args)
+        train_loader, test_loader = get_loaders(args, train_transform, test_transform)
+        model = accelerate(Net(), args)
+        print_summary(model)
+        if args.evaluate:
+            return evaluate(model, test_loader, args.evaluate)
+        optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+        for epoch in run.epochs(model, optimizer):
+            print(f"EPOCH: {epoch}")
+            train_loss, train_accuracy, seconds = train(model, train_loader, optimizer, args)
+            test_loss, test_accuracy = test(model, test_loader)
+            run.record(train_loss, train_accuracy, seconds, test_loss, test_accuracy)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
