@@ -30,7 +30,6 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 BAR_FORMAT = "{l_bar}{bar:10}{r_bar}"
-CSV_HEADER = "epoch,train_loss,train_accuracy,test_loss,test_accuracy,learning_rate,seconds"
 MNIST_SHA256 = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -113,7 +112,7 @@ def can_compile(device):
     return True
 
 
-def set_up(args):
+def setup(args):
     """Seed every random number, and complete `args.device` (torch.device) and `args.precision`."""
     args.device = find_device(args.device)
     args.precision = "bf16" if not args.fp32 and is_bf16_faster(args.device) else "fp32"
@@ -154,8 +153,7 @@ def get_data(data_dir, sources=(fetch_with_torchvision,)):
         return
     packed = Path(f"{missing[0]}.gz")
     check(not packed.exists(), missing[0], "this file", f"{packed.name} instead; gunzip it")
-    check(len(missing) == 4, missing[0], "this file", "only others of the four; put it there, or "
-          "remove them and have MNIST downloaded")
+    check(len(missing) == 4, missing[0], "this file", "only others; remove them to fetch all four")
     raw.mkdir(parents=True, exist_ok=True)
     tried = []
     for fetch in sources:
@@ -249,9 +247,8 @@ def get_loaders(args, train_transform, test_transform):
     splits = [read_split(args.data_dir, prefix) for prefix in ("train", "t10k")]
     digest = hashlib.sha256(b"".join(tensor.numpy() for split in splits for tensor in split))
     args.data, size, loaders = digest.hexdigest()[:16], args.batch_size, []
-    for split, transform in zip(splits, (train_transform, test_transform)):
-        images, labels = (tensor[: size if args.smoke else None] for tensor in split)
-        images, labels = images.to(args.device), labels.to(args.device)
+    for split, transform in zip(splits, (train_transform, test_transform), strict=True):
+        images, labels = (tensor[: size if args.smoke else None].to(args.device) for tensor in split)
         loaders.append(Loader(images, labels, transform, size, shuffle=not loaders))
     return loaders
 
@@ -309,13 +306,20 @@ def affine(images, angle, shear, scale, shift):
 # -------------------------------------------------------------------------------- model
 
 
-def accelerate(model, args):
-    """Return `model` on the device of the run, in the memory layout and form that is fast there.
+def prepare(model, args):
+    """Put `model` on the device in the form that is fastest there; print settings and summary.
 
-    Completes `args.compile` and prints the settings. Compiled or not, the model keeps the
-    names of its weights. Testing and small networks apart, nothing is worth a compiler: in a
-    network of millions of parameters nearly all of the time goes into convolutions.
+    Completes `args.compile`. Compiled or not, the model keeps the names of its weights. Large
+    networks are not compiled: nearly all of their time goes into convolutions, which are not
+    made faster by it.
     Sources: PyTorch documentation, pages "torch.compile" and "Channels Last Memory Format".
+
+    Args:
+        model (nn.Module): takes float32 B×1×28×28.
+        args (argparse.Namespace): the settings, completed by setup.
+
+    Returns:
+        nn.Module: the same model.
     """
     model.to(args.device)
     if args.precision == "bf16":
@@ -323,10 +327,11 @@ def accelerate(model, args):
     small = sum(p.numel() for p in model.parameters()) < 1_000_000
     slow = args.no_compile or args.smoke or args.evaluate or args.device.type == "mps"
     args.compile = small and not slow and can_compile(args.device)
-    if args.compile:
-        model.compile(dynamic=False)
     print(f"Settings: {args.epochs} epochs, batch size {args.batch_size}, seed {args.seed}, "
           f"{args.precision}, {'' if args.compile else 'not '}compiled")
+    print_summary(model)
+    if args.compile:
+        model.compile(dynamic=False)
     return model
 
 
@@ -375,7 +380,7 @@ def train(model, loader, optimizer, args, scheduler=None):
         model (nn.Module): takes float32 B×1×28×28, gives log-probabilities B×10.
         loader (Loader): the training batches.
         optimizer (torch.optim.Optimizer)
-        args (argparse.Namespace): the settings, completed by set_up.
+        args (argparse.Namespace): the settings, completed by setup.
         scheduler (torch.optim.lr_scheduler.LRScheduler | None): steps after every batch.
 
     Returns:
@@ -490,7 +495,7 @@ class Run:
     """
 
     def __init__(self, script, args):
-        self.args, self.step = args, Path(script).stem.split("_")[0]
+        self.args, args.step = args, Path(script).stem.split("_")[0]
         self.leaves_files = not (args.smoke or args.evaluate)
         self.rows, self.kept = [], 0  # of the csv, and how many of them are on the disk
 
@@ -525,7 +530,7 @@ class Run:
 
     def path(self, suffix):
         """Return the path of the output with this suffix."""
-        return self.args.out / f"{self.step}-seed{self.args.seed}{suffix}"
+        return self.args.out / f"{self.args.step}-seed{self.args.seed}{suffix}"
 
     def epochs(self, model, optimizer, scheduler=None):
         """Yield the number of every epoch still to be trained, then print the results.
@@ -534,9 +539,8 @@ class Run:
         """
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
         self.parts = {name: part for name, part in parts.items() if part is not None}
-        names = "epochs", "batch_size", "seed", "device", "threads", "precision", "compile", "data"
-        self.settings = {name: str(getattr(self.args, name)) for name in names}
-        self.settings["step"] = self.step
+        names = "step epochs batch_size seed device threads precision compile data"
+        self.settings = {name: str(vars(self.args)[name]) for name in names.split()}
         on_cpu = self.args.device.type == "cpu"
         self.sources = [torch] if on_cpu else [torch, torch.get_device_module(self.args.device)]
         if self.leaves_files:
@@ -544,8 +548,9 @@ class Run:
             tempfile.TemporaryFile(dir=self.args.out).close()  # fails now, not after an epoch
         if self.args.resume:
             self.restore()
-        for self.epoch in range(len(self.rows), self.args.epochs):
-            yield self.epoch
+        for epoch in range(len(self.rows), self.args.epochs):
+            self.epoch = epoch
+            yield epoch
         self.print_results()
         if self.leaves_files:
             self.write({".log": sys.stdout.text.encode()})
@@ -566,9 +571,10 @@ class Run:
         checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
         checkpoint["random"] = [source.get_rng_state() for source in self.sources]
         weights = self.parts["model"].state_dict()
+        header = "epoch,train_loss,train_accuracy,test_loss,test_accuracy,learning_rate,seconds"
         self.write({
             ".ckpt": to_bytes(checkpoint),
-            ".csv": "\n".join((CSV_HEADER, *self.rows, "")).encode(),
+            ".csv": "\n".join((header, *self.rows, "")).encode(),
             ".pt": to_bytes({k: v.cpu().contiguous() for k, v in weights.items()}),
             ".log": sys.stdout.text.encode(),
         })
@@ -596,8 +602,7 @@ class Run:
     def restore(self):
         """Go back to the end of the last epoch in the checkpoint; exit with 1 if there is none."""
         path = self.path(".ckpt")
-        if not path.exists():
-            sys.exit(f"{path}: no checkpoint to resume. Train without --resume.")
+        check(path.exists(), path, "a checkpoint to resume from", "none; train without --resume")
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             for name, value in self.settings.items():
@@ -605,7 +610,7 @@ class Run:
                 check(found == value, path, f"{name} {value}, as in this run", found)
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
-            for source, state in zip(self.sources, checkpoint["random"]):
+            for source, state in zip(self.sources, checkpoint["random"], strict=True):
                 source.set_rng_state(state)
             self.rows, sys.stdout.text = checkpoint["rows"], checkpoint["log"]
         except Exception as error:  # the calls of torch raise a dozen kinds

@@ -10,8 +10,7 @@ from torch import nn, optim
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from common import Run, accelerate, evaluate, get_loaders, parse_args, print_summary, set_up
-from common import test, train
+from common import Run, evaluate, get_loaders, parse_args, prepare, setup, test, train
 
 EPOCHS = 15
 BATCH_SIZE = 128  # 469 batches an epoch
@@ -62,10 +61,9 @@ class Net(nn.Module):
 def main(argv=None):
     args = parse_args(argv, __doc__, EPOCHS, BATCH_SIZE)
     with Run(__file__, args) as run:
-        set_up(args)
+        setup(args)
         train_loader, test_loader = get_loaders(args, train_transform, test_transform)
-        model = accelerate(Net(), args)
-        print_summary(model)
+        model = prepare(Net(), args)
         if args.evaluate:
             return evaluate(model, test_loader, args.evaluate)
         optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
