@@ -248,7 +248,7 @@ def get_loaders(args, train_transform, test_transform):
     digest = hashlib.sha256(b"".join(tensor.numpy() for split in splits for tensor in split))
     args.data, size, loaders = digest.hexdigest()[:16], args.batch_size, []
     for split, transform in zip(splits, (train_transform, test_transform), strict=True):
-        images, labels = (tensor[: size if args.smoke else None].to(args.device) for tensor in split)
+        images, labels = (part[: size if args.smoke else None].to(args.device) for part in split)
         loaders.append(Loader(images, labels, transform, size, shuffle=not loaders))
     return loaders
 
