@@ -87,11 +87,10 @@ def find_device(name):
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         sys.exit(f"--device {name} cannot be used here: {str(error).splitlines()[0]}")
-    return device
+    return torch.device(name)
 
 
 def is_bf16_faster(device):
@@ -273,7 +272,7 @@ class RandomAffine(nn.Module):
         self.degrees, self.shear, self.scale, self.translate = degrees, shear, scale, translate
 
     def forward(self, images):
-        """Take and return float32 B×1×H×W."""
+        """Take and return float32 B×1×H×H."""
         angle, shear, scale, dx, dy = 2 * torch.rand(5, len(images), device=images.device) - 1
         low, high = self.scale
         scale = (low + high) / 2 + scale * (high - low) / 2
@@ -285,25 +284,24 @@ def affine(images, angle, shear, scale, shift):
     """Shear, rotate and scale each image about its centre, then shift it.
 
     Args:
-        images (Tensor): float32 B×C×H×W.
+        images (Tensor): float32 B×C×H×H.
         angle (Tensor), shear (Tensor): B, degrees; positive angles turn clockwise.
         scale (Tensor): B, factors.
         shift (Tensor): B×2, (right, down) in parts of the image's side.
 
     Returns:
-        Tensor: float32 B×C×H×W.
+        Tensor: float32 B×C×H×H; 0 where an image does not reach.
     """
     angle, slope = torch.deg2rad(angle), torch.deg2rad(shear).tan()
     cos, sin = angle.cos() / scale, angle.sin() / scale
     # grid_sample asks where each output pixel comes from: the inverse of scale * rotate * shear.
     inverse = torch.stack((cos - slope * sin, sin + slope * cos, -sin, cos), dim=1).view(-1, 2, 2)
-    offset = -2 * inverse @ shift.unsqueeze(2)  # Bx2x1; the side is 2 long in grid_sample's units
-    theta = torch.cat((inverse, offset), dim=2)
-    grid = F.affine_grid(theta, images.shape, align_corners=False)
+    offset = -2 * inverse @ shift.unsqueeze(2)  # Bx2x1; a side is 2 long in grid_sample's units
+    grid = F.affine_grid(torch.cat((inverse, offset), dim=2), images.shape, align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
 
-# -------------------------------------------------------------------------------- model
+# ------------------------------------------------------------- model, training, testing
 
 
 def prepare(model, args):
@@ -341,9 +339,6 @@ def print_summary(model):
         columns = ("output_size", "num_params")
         twin = copy.deepcopy(model).cpu()
         print(torchinfo.summary(twin, (1, 1, 28, 28), col_names=columns, device="cpu", verbose=0))
-
-
-# ------------------------------------------------------------------ training and testing
 
 
 class Diverged(ArithmeticError):
@@ -439,8 +434,7 @@ def test(model, loader):
         loss += F.nll_loss(output, labels, reduction="sum")
         correct += (output.argmax(dim=1) == labels).sum()
         seen += len(images)
-    loss, correct = loss.item() / seen, correct.item()
-    accuracy = 100 * correct / seen
+    loss, accuracy = loss.item() / seen, 100 * correct.item() / seen
     print(f"\nTest set: Average loss: {loss:.4f}, Accuracy: {correct}/{seen} ({accuracy:.2f}%)\n")
     return loss, accuracy
 
