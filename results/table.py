@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 HERE = Path(__file__).resolve().parent
+COLUMNS = "epoch train_loss train_accuracy test_loss test_accuracy learning_rate seconds".split()
 BAR = 99.40  # the accuracy that the last epochs of step 4 should not fall below
 
 
@@ -20,11 +21,12 @@ def read_run(path):
     try:
         with open(path, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-        run = {name: [float(row[name]) for row in rows] for name in rows[0]}
-        run["test_accuracy"][0]  # noqa: B018 - a csv of something else fails here
-        return run
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        sys.exit(f"{path}: expected the csv of a run, found: {error}")
+        if rows:
+            return {name: [float(row[name]) for row in rows] for name in COLUMNS}
+        found = "no epoch"
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        found = error
+    sys.exit(f"{path}: expected the csv of a run, found: {found}")
 
 
 def is_finished(step, seed, folder):
