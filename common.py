@@ -368,7 +368,7 @@ def in_ascii():
     return not str(sys.stdout.encoding).lower().startswith("utf")
 
 
-def train(model, loader, optimizer, args, scheduler=None):
+def train(model, loader, optimizer, args, scheduler=None, average=None):
     """Train for one epoch and print its line.
 
     Args:
@@ -377,6 +377,7 @@ def train(model, loader, optimizer, args, scheduler=None):
         optimizer (torch.optim.Optimizer)
         args (argparse.Namespace): the settings, completed by setup.
         scheduler (torch.optim.lr_scheduler.LRScheduler | None): steps after every batch.
+        average (torch.optim.swa_utils.AveragedModel | None): takes in every batch's weights.
 
     Returns:
         tuple[float, float, float]: mean loss, accuracy in per cent, seconds.
@@ -408,6 +409,8 @@ def train(model, loader, optimizer, args, scheduler=None):
             optimizer.step()
             if scheduler:
                 scheduler.step()
+            if average:
+                average.update_parameters(model)
             losses[batch] = loss.detach()
             correct += (output.argmax(dim=1) == labels).sum()
             seen += len(images)
@@ -526,13 +529,18 @@ class Run:
         """Return the path of the output with this suffix."""
         return self.args.out / f"{self.args.step}-seed{self.args.seed}{suffix}"
 
-    def epochs(self, model, optimizer, scheduler=None):
+    def epochs(self, model, optimizer, *others):
         """Yield the number of every epoch still to be trained, then print the results.
 
-        With --resume, model, optimizer and scheduler are first brought to where they were.
+        With --resume, all that has a state is first brought to where it was.
+
+        Args:
+            model (nn.Module): the network that is trained.
+            optimizer (torch.optim.Optimizer): its first learning rate goes into the csv.
+            others: scheduler, average of weights; with an average, its weights are kept.
         """
-        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-        self.parts = {name: part for name, part in parts.items() if part is not None}
+        self.parts, self.optimizer = (model, optimizer, *others), optimizer
+        self.model = getattr(self.parts[-1], "module", model)
         names = "step epochs batch_size seed device threads precision compile data"
         self.settings = {name: str(vars(self.args)[name]) for name in names.split()}
         on_cpu = self.args.device.type == "cpu"
@@ -553,7 +561,7 @@ class Run:
         """Keep the epoch that has just ended, so that no later accident can take it away."""
         if not math.isfinite(test_loss):
             raise Diverged("its last batch")
-        rate = self.parts["optimizer"].param_groups[0]["lr"]
+        rate = self.optimizer.param_groups[0]["lr"]
         self.rows.append(f"{self.epoch},{train_loss:.6f},{train_accuracy:.2f},{test_loss:.6f},"
                          f"{test_accuracy:.2f},{rate:.6g},{seconds:.2f}")
         if self.leaves_files:
@@ -562,9 +570,9 @@ class Run:
     def save(self):
         """Write checkpoint, csv, log and weights: all of them, or none where the disk is full."""
         checkpoint = {"settings": self.settings, "rows": self.rows, "log": sys.stdout.text}
-        checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
+        checkpoint["parts"] = [part.state_dict() for part in self.parts]
         checkpoint["random"] = [source.get_rng_state() for source in self.sources]
-        weights = self.parts["model"].state_dict()
+        weights = self.model.state_dict()
         header = "epoch,train_loss,train_accuracy,test_loss,test_accuracy,learning_rate,seconds"
         self.write({
             ".ckpt": to_bytes(checkpoint),
@@ -602,8 +610,8 @@ class Run:
             for name, value in self.settings.items():
                 found = checkpoint["settings"][name]
                 check(found == value, path, f"{name} {value}, as in this run", found)
-            for name, part in self.parts.items():
-                part.load_state_dict(checkpoint[name])
+            for part, state in zip(self.parts, checkpoint["parts"], strict=True):
+                part.load_state_dict(state)
             for source, state in zip(self.sources, checkpoint["random"], strict=True):
                 source.set_rng_state(state)
             self.rows, sys.stdout.text = checkpoint["rows"], checkpoint["log"]
@@ -617,7 +625,7 @@ class Run:
         table = [[float(figure) for figure in row.split(",")] for row in self.rows]
         train, test = [row[2] for row in table], [row[4] for row in table]
         last = test[-5:]
-        print(f"Parameters: {sum(p.numel() for p in self.parts['model'].parameters()):,}")
+        print(f"Parameters: {sum(p.numel() for p in self.model.parameters()):,}")
         print(f"Best Training Accuracy: {max(train):.2f} (Epoch {train.index(max(train))})")
         print(f"Best Test Accuracy: {max(test):.2f} (Epoch {test.index(max(test))})")
         print(f"Last Test Accuracy: {test[-1]:.2f} (Epoch {len(test) - 1})")

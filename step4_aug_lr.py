@@ -8,15 +8,20 @@ import sys
 import torch
 from torch import nn, optim
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
 from common import RandomAffine, Run, evaluate, get_loaders, parse_args, prepare, setup, test, train
 
 EPOCHS = 15
 BATCH_SIZE = 128  # 469 batches an epoch
-LEARNING_RATE = 0.01
+LEARNING_RATE = 0.1  # at the peak of the schedule
+WARM_UP = 0.15  # of all batches, until that peak
 MOMENTUM = 0.9
-DROPOUT = 0.1
+WEIGHT_DECAY = 5e-4
+DROPOUT = 0.0
+AVERAGE_DECAY = 0.998  # the average of weights reaches back about an epoch
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1
 
 train_transform = v2.Compose([
@@ -71,11 +76,17 @@ def main(argv=None):
         model = prepare(Net(), args)
         if args.evaluate:
             return evaluate(model, test_loader, args.evaluate)
-        optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
-        for epoch in run.epochs(model, optimizer):
+        optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM,
+                              weight_decay=WEIGHT_DECAY, nesterov=True)
+        scheduler = OneCycleLR(optimizer, LEARNING_RATE, args.epochs * len(train_loader),
+                               pct_start=WARM_UP, cycle_momentum=False)
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY),
+                                use_buffers=True)
+        for epoch in run.epochs(model, optimizer, scheduler, average):
             print(f"EPOCH: {epoch}")
-            train_loss, train_accuracy, seconds = train(model, train_loader, optimizer, args)
-            test_loss, test_accuracy = test(model, test_loader)
+            train_loss, train_accuracy, seconds = train(
+                model, train_loader, optimizer, args, scheduler, average)
+            test_loss, test_accuracy = test(average, test_loader)
             run.record(train_loss, train_accuracy, seconds, test_loss, test_accuracy)
 
 

@@ -11,6 +11,8 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # of the steps
 from conftest import write_data
 
 from common import MNIST_SHA256, get_loaders
@@ -24,15 +26,11 @@ def load(folder, batch_size=128):
     return get_loaders(args, torch.nn.Identity(), torch.nn.Identity())
 
 
-def refusal(action, *args):
-    """Return the one line with which `action` exits with status 1, or None if it does not."""
-    try:
-        action(*args)
-    except SystemExit as end:
-        # Python prints a text, and exits with 1.
-        assert isinstance(end.code, str) and end.code.isprintable(), f"no line: {end.code!r}"
-        return end.code
-    return None
+def one_line(end):
+    """Return the message of a SystemExit, having checked that it is one line and the status 1."""
+    # Python prints a text, and exits with 1.
+    assert isinstance(end.code, str) and end.code.isprintable(), f"not one line: {end.code!r}"
+    return end.code
 
 
 def flip(content, rng, end):
@@ -81,6 +79,22 @@ def expected(files):
     return parts
 
 
+def compare(raw, files, counts):
+    """Load the set in `raw`, which holds `files`, and count it; AssertionError if that is wrong."""
+    content = expected(files)
+    try:
+        loaders = load(raw.parent.parent)
+    except SystemExit as end:
+        line = one_line(end)
+        assert content is None, f"a sound set is refused: {line}"
+        assert any(str(raw / name) in line for name in NAMES), f"names no file: {line}"
+        counts["refused"] += 1
+    else:
+        read = [part for each in loaders for part in (each.images, each.labels.byte())]
+        assert [part.numpy().tobytes() for part in read] == content, "read as another set"
+        counts["read"] += 1
+
+
 def fuzz(folder, trials, seed=0):
     """Load `trials` damaged sets.
 
@@ -101,16 +115,7 @@ def fuzz(folder, trials, seed=0):
         for name in NAMES:
             (raw / name).write_bytes(files[name])
         try:
-            loaders = []
-            line = refusal(lambda: loaders.extend(load(folder)))  # noqa: B023
-            content = expected(files)
-            if line:
-                assert content is None, f"a sound set is refused: {line}"
-                assert any(str(raw / name) in line for name in NAMES), f"names no file: {line}"
-            else:
-                read = [part for each in loaders for part in (each.images, each.labels.byte())]
-                assert [part.numpy().tobytes() for part in read] == content, "read as another set"
-            counts["refused" if line else "read"] += 1
+            compare(raw, files, counts)
         except Exception as error:
             failures.append(f"damage {trial} ({', '.join(ways)}): {type(error).__name__}: {error}")
     return counts, failures
@@ -126,5 +131,4 @@ def main(trials, seed=0):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     sys.exit(main(*map(int, sys.argv[1:])) if len(sys.argv) > 1 else __doc__)

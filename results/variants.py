@@ -1,0 +1,187 @@
+"""What each ingredient of steps 3 and 4 is worth: three seeds without it, all else equal.
+
+    python results/variants.py [--only NAME] [--workers 2]
+
+A variant is the step itself, run as `--seed S --out results/variants/NAME`, after a function
+has swapped one thing in its module. Every run is a process of its own, so nothing of one
+variant can reach the next. Finished runs are skipped: call again after an interruption.
+results/variants/README.md is written anew each time, from all runs that are finished.
+"""
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from table import is_finished, read_run, read_runs, summarize
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+SEEDS = (1, 2, 3)
+
+
+def layers(change):
+    """Return a swap: the step's Net, with what `change` makes of the list of its layers."""
+    def swap(module):
+        class Net(module.Net):
+            def __init__(self):
+                super().__init__()
+                self.layers = type(self.layers)(*change(list(self.layers)))
+        module.Net = Net
+    return swap
+
+
+def constants(**values):
+    """Return a swap: the step's module with other constants; a misspelt name is an error."""
+    def swap(module):
+        for name, value in values.items():
+            getattr(module, name)
+            setattr(module, name, value)
+    return swap
+
+
+def without_batch_norm(layers):
+    """Put nn.Identity in the place of the batch normalization of every block."""
+    from torch import nn
+    for block in layers:
+        for name, layer in block.named_children():
+            if isinstance(layer, nn.BatchNorm2d):
+                setattr(block, name, nn.Identity())
+    return layers
+
+
+def convolution(kernel_size):
+    """Return a change: one convolution, 20 to 10, in the place of the last two layers."""
+    def change(layers):
+        from torch import nn
+        return [*layers[:-2], nn.Conv2d(20, 10, kernel_size, bias=False)]
+    return change
+
+
+def without_augmentation(module):
+    """Train on what the test is made on."""
+    module.train_transform = module.test_transform
+
+
+def without_schedule(module):
+    """Keep the rate of steps 1 to 3 from the first batch to the last, whatever the schedule."""
+    from torch.optim.lr_scheduler import LambdaLR
+
+    class Schedulers:
+        def __getattr__(self, name):
+            return lambda optimizer, *args, **options: LambdaLR(optimizer, lambda step: 1)
+
+    class Optim:
+        lr_scheduler = Schedulers()
+        __getattr__ = staticmethod(module.optim.__getattribute__)
+
+    module.optim = Optim()
+    module.LEARNING_RATE = 0.01
+
+
+VARIANTS = {  # name: (step, what it is called in the table, the swap)
+    "step3-no-batch-norm": ("step3", "no batch normalization", layers(without_batch_norm)),
+    "step3-no-dropout": ("step3", "no dropout", constants(DROPOUT=0.0)),
+    "step3-no-gap": ("step3", "6x6 convolution 20 to 10, no GAP, no 1x1", layers(convolution(6))),
+    "step4-no-augmentation": ("step4", "no augmentation", without_augmentation),
+    "step4-no-schedule": ("step4", "no schedule: a constant 0.01", without_schedule),
+    "step4-dropout-0.1": ("step4", "dropout 0.1", constants(DROPOUT=0.1)),
+    "step4-one-1x1": ("step4", "one 1x1 20 to 10, no second", layers(convolution(1))),
+}
+
+
+def train_variant(name, argv):
+    """Run one variant in this process, with the arguments of its step."""
+    step, _, swap = VARIANTS[name]
+    [script] = ROOT.glob(f"{step}_*.py")
+    module = importlib.reload(importlib.import_module(script.stem))
+    swap(module)
+    module.main(argv)
+
+
+def run_all(jobs, workers=1):
+    """Make those of some runs that are not finished; keep their csv and log alone.
+
+    Args:
+        jobs (list[tuple]): step, seed, folder of the outputs, and the command of each run,
+            to which `--seed S --out FOLDER` is added.
+        workers (int): how many to make at a time; if more than one, with one thread each.
+    """
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if workers > 1 else {})
+
+    def make(job):
+        step, seed, folder, command = job
+        start, outputs = time.perf_counter(), ["--seed", str(seed), "--out", str(folder)]
+        subprocess.run([sys.executable, *command, *outputs], env=environment, check=True,
+                       stdout=subprocess.DEVNULL)
+        for suffix in (".pt", ".ckpt"):
+            Path(folder, f"{step}-seed{seed}{suffix}").unlink(missing_ok=True)
+        last = read_run(Path(folder, f"{step}-seed{seed}.csv"))["test_accuracy"][-1]
+        seconds = time.perf_counter() - start
+        print(f"{folder.name}, seed {seed}: last epoch {last:.2f}, {seconds:.0f} s", flush=True)
+
+    missing = [job for job in jobs if not is_finished(*job[:3])]
+    print(f"{len(jobs) - len(missing)} of {len(jobs)} runs are finished", flush=True)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        list(pool.map(make, missing))
+    except (KeyboardInterrupt, subprocess.CalledProcessError) as error:
+        sys.exit(f"\nStopped: {error or 'interrupted'}. Call again to go on.")
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def make_report(folder):
+    """Return results/variants/README.md: each step as it is, and below it its variants."""
+    lines = [
+        "# What each ingredient is worth",
+        "",
+        f"Test accuracy in per cent, seeds {', '.join(map(str, SEEDS))}, everything else equal. "
+        "Made by `results/variants.py`.",
+        "",
+        "| step | variant | runs | last epoch: mean | difference | deviation | last five: mean |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = [(step, "as it is", HERE) for step in ("step3", "step4")]
+    rows += [(step, words, folder / name) for name, (step, words, _) in VARIANTS.items()]
+    means = {}
+    for step, words, place in sorted(rows, key=lambda row: row[0]):
+        runs = read_runs(step, place, SEEDS) if place.exists() else {}
+        if not runs:
+            lines.append(f"| {step[-1]} | {words} | 0 | | | | |")
+            continue
+        found = summarize(runs.values())
+        if place == HERE:
+            means[step] = found["mean"]
+        difference = f"{found['mean'] - means[step]:+.3f}" if step in means else ""
+        deviation = f"{found['deviation']:.3f}" if found["runs"] > 1 else ""
+        lines.append(f"| {step[-1]} | {words} | {found['runs']} | {found['mean']:.3f} | "
+                     f"{difference} | {deviation} | {found['last_five']:.3f} |")
+    return "\n".join([*lines, ""])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=VARIANTS, metavar="NAME",
+                        help=f"make the runs of this one: {', '.join(VARIANTS)}")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--out", type=Path, default=HERE / "variants")
+    args, rest = parser.parse_known_args(argv)  # the rest is for the step
+    if rest[:1] == ["--run"]:
+        return train_variant(rest[1], [*rest[2:], "--out", str(args.out)])
+    jobs = [(VARIANTS[name][0], seed, args.out / name, [__file__, "--run", name, *rest])
+            for seed in SEEDS for name in VARIANTS if args.only in (None, name)]
+    run_all(jobs, args.workers)
+    args.out.mkdir(parents=True, exist_ok=True)
+    report = make_report(args.out)
+    Path(args.out, "README.md").write_text(report, encoding="utf-8")
+    print(report)
+
+
+if __name__ == "__main__":
+    main()

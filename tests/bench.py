@@ -1,0 +1,222 @@
+"""Measure the suite against the documented recipe and against the machine, in one run.
+
+    python tests/bench.py            writes results/bench.md
+
+Only ratios of times taken side by side, in turn, are claimed; absolute times are noise. What
+is compared runs a part of an epoch of step 4 (or of the step named) at batch size 128.
+"""
+
+import argparse
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import nn, optim  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+from torchvision import datasets, transforms  # noqa: E402
+
+import common  # noqa: E402
+import step1_setup  # noqa: E402
+import step2_skeleton  # noqa: E402
+import step3_bn_gap  # noqa: E402
+import step4_aug_lr  # noqa: E402
+
+
+def settings(*flags):
+    """Return the completed settings of a run that has these flags."""
+    args = common.parse_args(list(flags), "", 15, 128)
+    common.setup(args)
+    return args
+
+
+def batches_of(loader):
+    """Yield the batches of a loader for ever, epoch after epoch, full ones only."""
+    while True:
+        for images, labels in loader:
+            if len(images) == 128:
+                yield images, labels
+
+
+class Suite:
+    """Training of one step as the suite does it; `data` and `net` switch its halves off."""
+
+    def __init__(self, step, *flags, data=True):
+        self.args = settings(*flags)
+        self.model = common.prepare(step.Net(), self.args).train()
+        train_loader, _ = common.get_loaders(self.args, step.train_transform, step.test_transform)
+        self.batches = batches_of(train_loader)
+        self.optimizer = optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+        self.fixed = None if data else next(self.batches)
+
+    def step(self):
+        """Train on one batch."""
+        images, labels = self.fixed or next(self.batches)
+        self.optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, self.args.precision == "bf16"):
+            output = self.model(images)
+            loss = F.nll_loss(output, labels)
+        loss.backward()
+        self.optimizer.step()
+        return (output.argmax(dim=1) == labels).sum(), loss.detach()
+
+
+class DataAlone:
+    """The batches of step 4, transformed, and nothing done with them."""
+
+    def __init__(self):
+        args = settings()
+        train_loader, _ = common.get_loaders(
+            args, step4_aug_lr.train_transform, step4_aug_lr.test_transform)
+        self.batches = batches_of(train_loader)
+
+    def step(self):
+        """Make one batch."""
+        return next(self.batches)
+
+
+class ConvolutionsAlone:
+    """The convolutions of a step on inputs of their own: forward, both gradients, no more."""
+
+    def __init__(self, step, precision):
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        layout = torch.channels_last if precision == "bf16" else torch.contiguous_format
+        self.pairs, inputs = [], {}
+        net = step.Net().eval()
+        for layer in net.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.register_forward_hook(lambda m, i, o: inputs.update({m: (i[0], o)}))
+        net(torch.randn(128, 1, 28, 28))
+        for number, (layer, (images, output)) in enumerate(inputs.items()):
+            layer._forward_hooks.clear()
+            layer.to(dtype=dtype, memory_format=layout)
+            images = images.detach().to(dtype=dtype, memory_format=layout)
+            images.requires_grad_(number > 0)  # the first needs no gradient of the pixels
+            gradient = output.detach().to(dtype=dtype, memory_format=layout)
+            self.pairs.append((layer, images, gradient))
+
+    def step(self):
+        """Run every convolution forward and backward once."""
+        for layer, images, gradient in self.pairs:
+            images.grad = None
+            layer.zero_grad()
+            layer(images).backward(gradient)
+
+
+class Documented:
+    """The documented recipe of step 4 as a user would write it."""
+
+    def __init__(self, workers):
+        transform = transforms.Compose([
+            transforms.ColorJitter(0.4, 0.4, 0.4, 0.4),
+            transforms.RandomAffine(7, shear=10, translate=(0.1, 0.1), scale=(0.8, 1.2)),
+            transforms.RandomRotation(7),
+            transforms.ToTensor(),
+            transforms.Normalize((0.1307,), (0.3081,)),
+        ])
+        data = datasets.MNIST(ROOT / "data", train=True, transform=transform)
+        loader = torch.utils.data.DataLoader(
+            data, batch_size=128, shuffle=True, drop_last=True, num_workers=workers,
+            persistent_workers=workers > 0)
+        self.batches = batches_of(loader)
+        self.model = step4_aug_lr.Net()
+        for module in self.model.modules():
+            for name, child in module.named_children():
+                if isinstance(child, nn.Dropout2d):
+                    setattr(module, name, nn.Dropout(0.03))
+        self.optimizer = optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+
+    def step(self):
+        """Train on one batch."""
+        images, labels = next(self.batches)
+        self.optimizer.zero_grad()
+        output = self.model(images)
+        loss = F.nll_loss(output, labels)
+        loss.backward()
+        self.optimizer.step()
+        return (output.argmax(dim=1) == labels).sum().item(), loss.item()
+
+
+def alternate(first, second, batches, rounds):
+    """Time both in turn; return the milliseconds a batch of each round, of each."""
+    times = ([], [])
+    for subject in (first, second):  # compile, fill queues and caches
+        for _ in range(max(2, batches // 4)):
+            subject.step()
+    for _ in range(rounds):
+        for subject, taken in zip((first, second), times, strict=True):
+            start = time.perf_counter()
+            for _ in range(batches):
+                subject.step()
+            taken.append(1000 * (time.perf_counter() - start) / batches)
+    return times
+
+
+def row(what, first, second, target=""):
+    """Return a row of the table: two medians and the ratio, pair by pair, with its range."""
+    ratios = sorted(a / b for a, b in zip(first, second, strict=True))
+    return (f"| {what} | {statistics.median(first):.2f} | {statistics.median(second):.2f} | "
+            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {target} |")
+
+
+def peak_memory(code):
+    """Return the peak memory in MB of the main process of a Python program."""
+    code += "\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          check=True)
+    return int(done.stdout.split()[-1]) / 1024
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tenth of the work, no file")
+    quick = parser.parse_args().quick
+    rounds, size = (3, 10) if quick else (7, 80)
+    fast = Suite(step4_aug_lr)
+    lines = ["| what | first, ms a batch | second, ms a batch | first / second | to reach |",
+             "|---|---|---|---|---|"]
+
+    found = {}
+    for workers in (0, 1, 2):
+        slow = Documented(workers)
+        found[workers] = alternate(slow, fast, size, rounds)
+        del slow
+    best = min(found, key=lambda workers: statistics.median(found[workers][0]))
+    for workers, times in found.items():
+        mark = " (its best)" if workers == best else ""
+        lines.append(row(f"(1) documented recipe, {workers} workers{mark}, against this suite",
+                         *times, "at least 4" if mark else ""))
+    lines.append(row("(2) data and augmentation against the whole step",
+                     *alternate(DataAlone(), fast, size, rounds), "at most 0.08"))
+    floor = ConvolutionsAlone(step4_aug_lr, fast.args.precision)
+    lines.append(row("(3) the step against its convolutions alone",
+                     *alternate(fast, floor, size, rounds), "at most 1.3"))
+    for step, target in ((step1_setup, "at least 2"), (step2_skeleton, ""), (step3_bn_gap, "")):
+        part = max(2, size // 20) if step is step1_setup else size
+        pair = Suite(step, "--fp32", "--no-compile"), Suite(step)
+        lines.append(row(f"(4) {step.__name__}: fp32 uncompiled against the fast path",
+                         *alternate(*pair, part, rounds), target))
+    alone = peak_memory("import torch, torchvision")
+    whole = peak_memory("import step4_aug_lr, tempfile\nwith tempfile.TemporaryDirectory() as out:"
+                        "\n    step4_aug_lr.main(['--epochs', '1', '--out', out])")
+    lines.append(f"| (5) peak memory in MB: step 4, importing torch alone | {whole:.0f} | "
+                 f"{alone:.0f} | {whole / alone:.2f} | first at most 1500 |")
+    cpu = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
+    text = "\n".join([
+        f"{cpu}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
+        f"torch {torch.__version__}; {rounds} rounds of {size} batches in turn, medians.",
+        f"The fast path here is {fast.args.precision}, "
+        f"{'compiled' if fast.args.compile else 'not compiled'}.", "", *lines, ""])
+    print(text)
+    if not quick:
+        (ROOT / "results" / "bench.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
