@@ -44,8 +44,8 @@ def fork(action, output):
     try:
         for number, path in ((1, output), (2, f"{output}.err")):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.stdout = open(1, "w", closefd=False, encoding="utf-8")
-        sys.stderr = open(2, "w", closefd=False, encoding="utf-8", buffering=1)
+        sys.stdout = os.fdopen(1, "w", closefd=False, encoding="utf-8")
+        sys.stderr = os.fdopen(2, "w", closefd=False, encoding="utf-8", buffering=1)
         action()
         status = 0
     except SystemExit as end:
@@ -129,7 +129,7 @@ def kill_and_resume(folder, kills, seed=0, step="step4"):
             finish(pid)
         else:
             moment = time.monotonic() + rng.uniform(0, duration * (1.2 - before / EPOCHS))
-            in_writing, pause = rng.random() < 0.5, rng.uniform(0, 0.004)
+            in_writing, pause = rng.random() < 0.5, rng.uniform(0, 0.001)
             ended = wait_until(lambda: time.monotonic() > moment, pid) is False  # noqa: B023
             if in_writing and not ended:
                 wait_until(writing.exists, pid)
