@@ -12,7 +12,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 HERE = Path(__file__).resolve().parent
-COLUMNS = "epoch train_loss train_accuracy test_loss test_accuracy learning_rate seconds".split()
+COLUMNS = ["epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy",
+           "learning_rate", "seconds"]
 BAR = 99.40  # the accuracy that the last epochs of step 4 should not fall below
 
 

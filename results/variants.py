@@ -16,8 +16,11 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 from table import is_finished, read_run, read_runs, summarize
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -47,7 +50,6 @@ def constants(**values):
 
 def without_batch_norm(layers):
     """Put nn.Identity in the place of the batch normalization of every block."""
-    from torch import nn
     for block in layers:
         for name, layer in block.named_children():
             if isinstance(layer, nn.BatchNorm2d):
@@ -58,7 +60,6 @@ def without_batch_norm(layers):
 def convolution(kernel_size):
     """Return a change: one convolution, 20 to 10, in the place of the last two layers."""
     def change(layers):
-        from torch import nn
         return [*layers[:-2], nn.Conv2d(20, 10, kernel_size, bias=False)]
     return change
 
@@ -70,17 +71,11 @@ def without_augmentation(module):
 
 def without_schedule(module):
     """Keep the rate of steps 1 to 3 from the first batch to the last, whatever the schedule."""
-    from torch.optim.lr_scheduler import LambdaLR
-
     class Schedulers:
         def __getattr__(self, name):
             return lambda optimizer, *args, **options: LambdaLR(optimizer, lambda step: 1)
 
-    class Optim:
-        lr_scheduler = Schedulers()
-        __getattr__ = staticmethod(module.optim.__getattribute__)
-
-    module.optim = Optim()
+    module.optim = SimpleNamespace(**vars(module.optim) | {"lr_scheduler": Schedulers()})
     module.LEARNING_RATE = 0.01
 
 
@@ -137,7 +132,10 @@ def run_all(jobs, workers=1):
 
 
 def make_report(folder):
-    """Return results/variants/README.md: each step as it is, and below it its variants."""
+    """Return the text of README.md: each step as it is, and below it its variants.
+
+    The runs of the steps themselves are looked for in the parent of `folder`.
+    """
     lines = [
         "# What each ingredient is worth",
         "",
@@ -147,7 +145,7 @@ def make_report(folder):
         "| step | variant | runs | last epoch: mean | difference | deviation | last five: mean |",
         "|---|---|---|---|---|---|---|",
     ]
-    rows = [(step, "as it is", HERE) for step in ("step3", "step4")]
+    rows = [(step, "as it is", folder.parent) for step in ("step3", "step4")]
     rows += [(step, words, folder / name) for name, (step, words, _) in VARIANTS.items()]
     means = {}
     for step, words, place in sorted(rows, key=lambda row: row[0]):
@@ -156,7 +154,7 @@ def make_report(folder):
             lines.append(f"| {step[-1]} | {words} | 0 | | | | |")
             continue
         found = summarize(runs.values())
-        if place == HERE:
+        if place == folder.parent:
             means[step] = found["mean"]
         difference = f"{found['mean'] - means[step]:+.3f}" if step in means else ""
         deviation = f"{found['deviation']:.3f}" if found["runs"] > 1 else ""
