@@ -16,7 +16,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 from table import is_finished, read_run, read_runs, summarize
 from torch import nn
@@ -28,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 SEEDS = (1, 2, 3)
 
 
-def layers(change):
+def new_layers(change):
     """Return a swap: the step's Net, with what `change` makes of the list of its layers."""
     def swap(module):
         class Net(module.Net):
@@ -40,11 +39,12 @@ def layers(change):
 
 
 def constants(**values):
-    """Return a swap: the step's module with other constants; a misspelt name is an error."""
+    """Return a swap: the step's module with other values under names that it has."""
     def swap(module):
-        for name, value in values.items():
-            getattr(module, name)
-            setattr(module, name, value)
+        missing = set(values) - set(vars(module))
+        if missing:
+            sys.exit(f"{module.__name__}: expected the names {missing}, found none")
+        vars(module).update(values)
     return swap
 
 
@@ -69,24 +69,24 @@ def without_augmentation(module):
     module.train_transform = module.test_transform
 
 
-def without_schedule(module):
-    """Keep the rate of steps 1 to 3 from the first batch to the last, whatever the schedule."""
-    class Schedulers:
-        def __getattr__(self, name):
-            return lambda optimizer, *args, **options: LambdaLR(optimizer, lambda step: 1)
-
-    module.optim = SimpleNamespace(**vars(module.optim) | {"lr_scheduler": Schedulers()})
-    module.LEARNING_RATE = 0.01
+def constant_rate(rate):
+    """Return a swap: this learning rate from the first batch to the last."""
+    def steady(optimizer, *_, **__):
+        return LambdaLR(optimizer, lambda step: 1)
+    return constants(LEARNING_RATE=rate, OneCycleLR=steady)
 
 
 VARIANTS = {  # name: (step, what it is called in the table, the swap)
-    "step3-no-batch-norm": ("step3", "no batch normalization", layers(without_batch_norm)),
+    "step3-no-batch-norm": ("step3", "no batch normalization", new_layers(without_batch_norm)),
     "step3-no-dropout": ("step3", "no dropout", constants(DROPOUT=0.0)),
-    "step3-no-gap": ("step3", "6x6 convolution 20 to 10, no GAP, no 1x1", layers(convolution(6))),
+    "step3-no-gap": ("step3", "6x6 convolution, no GAP, no 1x1", new_layers(convolution(6))),
     "step4-no-augmentation": ("step4", "no augmentation", without_augmentation),
-    "step4-no-schedule": ("step4", "no schedule: a constant 0.01", without_schedule),
+    "step4-no-schedule": ("step4", "no schedule: 0.01 as in step 3", constant_rate(0.01)),
+    "step4-no-schedule-0.1": ("step4", "no schedule: 0.1, its peak", constant_rate(0.1)),
+    "step4-no-average": ("step4", "no average of weights", constants(AVERAGE_DECAY=0.0)),
+    "step4-no-weight-decay": ("step4", "no weight decay", constants(WEIGHT_DECAY=0.0)),
     "step4-dropout-0.1": ("step4", "dropout 0.1", constants(DROPOUT=0.1)),
-    "step4-one-1x1": ("step4", "one 1x1 20 to 10, no second", layers(convolution(1))),
+    "step4-one-1x1": ("step4", "one 1x1 20 to 10, no second", new_layers(convolution(1))),
 }
 
 
@@ -125,8 +125,10 @@ def run_all(jobs, workers=1):
     pool = ThreadPoolExecutor(workers)
     try:
         list(pool.map(make, missing))
-    except (KeyboardInterrupt, subprocess.CalledProcessError) as error:
-        sys.exit(f"\nStopped: {error or 'interrupted'}. Call again to go on.")
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. What was finished is kept; call again to go on.")
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"A run failed: {error}")
     finally:
         pool.shutdown(cancel_futures=True)
 
