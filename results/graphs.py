@@ -1,0 +1,255 @@
+"""Draw the graphs of results/ from what is committed there.
+
+    python results/graphs.py
+
+A graph whose inputs are missing is skipped with one line. Everything stays legible in grey:
+steps differ in line and marker, not in colour alone.
+"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import matplotlib
+import torch
+from table import read_runs
+from torch import nn
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402 - once it is known that there is no window
+from matplotlib.patches import Rectangle  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+from common import read_split  # noqa: E402
+
+MODULES = {path.name.split("_")[0]: importlib.import_module(path.stem)
+           for path in sorted(ROOT.glob("step*_*.py"))}
+STYLES = {  # colour, line, marker: dark to light, so that grey keeps the order
+    "step1": ("#000000", ":", "s"),
+    "step2": ("#8c2d04", "--", "^"),
+    "step3": ("#2171b5", "-.", "D"),
+    "step4": ("#41ab5d", "-", "o"),
+}
+DOCUMENTED = {"step1": 99.26, "step2": 98.69, "step3": 99.16, "step4": 99.52}  # best test epoch
+WIDTH = 8.5  # inches; README shows 850 pixels, so 1 point is 1.4 of them
+plt.rcParams.update({
+    "font.size": 9.5, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 10.5,
+    "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 200,
+})
+
+
+class Missing(Exception):
+    """What a graph is made of is not there."""
+
+
+def all_runs(folder):
+    """Return the finished runs of every step; raise Missing where a step has none."""
+    runs = {step: list(read_runs(step, folder).values()) for step in MODULES}
+    absent = [step for step, found in runs.items() if not found]
+    if absent:
+        raise Missing(f"finished runs of {', '.join(absent)}")
+    return runs
+
+
+def read_digits(data_dir, prefix):
+    """Return one split of MNIST; raise Missing where it is not there."""
+    if not Path(data_dir, "MNIST", "raw", f"{prefix}-images-idx3-ubyte").exists():
+        raise Missing(f"MNIST in {data_dir}")
+    return read_split(data_dir, prefix)
+
+
+def draw_curves(args):
+    """Loss and accuracy of training and test; the line is the mean, the band all seeds."""
+    runs = all_runs(args.folder)
+    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 6.6), sharex=True, sharey="row")
+    for row, quantity in zip(axes, ("loss", "accuracy"), strict=True):
+        for axis, split in zip(row, ("train", "test"), strict=True):
+            for step, found in runs.items():
+                colour, line, marker = STYLES[step]
+                seeds = list(zip(*(run[f"{split}_{quantity}"] for run in found), strict=True))
+                epochs = range(len(seeds))
+                label = f"step {step[-1]} ({len(found)} seed{'s' if len(found) > 1 else ''})"
+                axis.plot(epochs, list(map(fmean, seeds)), line, color=colour, label=label,
+                          marker=marker, markersize=3.5, linewidth=1.4)
+                low, high = list(map(min, seeds)), list(map(max, seeds))
+                axis.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
+            axis.set_title({"train": "training", "test": "test"}[split] + f" {quantity}")
+    for axis in axes[0]:
+        axis.set_yscale("log")
+        axis.axhline(2.303, color="grey", linewidth=0.8)
+    axes[0, 0].text(14, 2.0, "2.303: guessing", ha="right", va="top", color="dimgrey", fontsize=9)
+    axes[0, 0].set_ylabel("loss (log scale)")
+    # Accuracy by the share of mistakes: 90 to 99 is as far as 99 to 99.9.
+    axes[1, 0].set_yscale("function", functions=(
+        lambda accuracy: -torch.tensor(100.02 - accuracy).clamp(min=0.005).log().numpy(),
+        lambda height: 100.02 - torch.tensor(-height).exp().numpy()))
+    axes[1, 0].set_yticks([10, 50, 90, 95, 98, 99, 99.5, 99.8, 100],
+                          ["10", "50", "90", "95", "98", "99", "99.5", "99.8", "100"])
+    axes[1, 0].set_ylabel("accuracy, % (scaled by mistakes)")
+    for axis in axes[1]:
+        axis.set_xlabel("epoch")
+        axis.set_xticks(range(0, 15, 2))
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def draw_drilldown(args):
+    """Parameters against last-epoch test accuracy, beside the documented best epochs."""
+    runs = all_runs(args.folder)
+    figure, axis = plt.subplots(figsize=(WIDTH, 4.6))
+    for step, found in runs.items():
+        size = sum(p.numel() for p in MODULES[step].Net().parameters())
+        last = [run["test_accuracy"][-1] for run in found]
+        mean, colour, marker = fmean(last), STYLES[step][0], STYLES[step][2]
+        axis.errorbar(size, mean, [[mean - min(last)], [max(last) - mean]], color=colour,
+                      marker=marker, markersize=8, capsize=4)
+        axis.plot(size, DOCUMENTED[step], marker, markersize=8, markerfacecolor="none",
+                  color=colour)
+        left = step in ("step1", "step3")
+        words = f"step {step[-1]}\n{size:,} parameters\n{mean:.2f} (n = {len(last)})"
+        axis.annotate(words, (size, mean), xytext=(-12 if left else 12, 0), va="center",
+                      textcoords="offset points", ha="right" if left else "left")
+    axis.plot([], [], "ko", markersize=8, label="last epoch: mean, lowest and highest of the seeds")
+    axis.plot([], [], "ko", markersize=8, markerfacecolor="none",
+              label="documented: best epoch of one run")
+    axis.legend(loc="lower right", frameon=False)
+    axis.set_xscale("log")
+    axis.set_xlim(2e3, 2e7)
+    axis.set_xlabel("parameters (log scale)")
+    axis.set_ylabel("test accuracy, %")
+    return figure
+
+
+def describe(net):
+    """Follow one image through the layers of a net.
+
+    Returns:
+        list[tuple]: for the input and each layer: words, shape (channels, height, width),
+        parameters, receptive field.
+    """
+    image, field, jump = torch.zeros(1, 1, 28, 28), 1, 1
+    rows = [(["input"], tuple(image.shape[1:]), 0, field)]
+    for layer in net.eval().layers:
+        words = []
+        for part in layer.modules():
+            size = getattr(part, "kernel_size", None)
+            if size:
+                size, stride = (pair if isinstance(pair, int) else pair[0]
+                                for pair in (size, part.stride))
+                field, jump = field + (size - 1) * jump, jump * stride
+            name = {nn.Conv2d: f"{size}×{size} conv", nn.MaxPool2d: f"max-pool {size}",
+                    nn.AvgPool2d: f"avg-pool {size}", nn.ReLU: "ReLU",
+                    nn.BatchNorm2d: "batch norm"}.get(type(part))
+            dropout = isinstance(part, (nn.Dropout, nn.Dropout2d)) and part.p
+            words += [name] if name else [f"dropout {part.p:g}"] if dropout else []
+        image = layer(image)
+        count = sum(p.numel() for p in layer.parameters())
+        rows.append((words, tuple(image.shape[1:]), count, field))
+    return rows
+
+
+def draw_model(args):
+    """The final model: each stage as a stack of feature maps, to scale, with its figures."""
+    rows = describe(MODULES["step4"].Net())
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.7))
+    axis.set(xlim=(-0.75, len(rows) - 0.45), ylim=(-3.35, 2.0), aspect="auto")
+    axis.axis("off")
+    box, height = figure.get_size_inches(), 5.35
+    ratio = box[1] / height / (box[0] / (len(rows) + 0.3))  # so that squares look square
+    for x, (words, (channels, side, _), count, field) in enumerate(rows):
+        width = 0.16 + 0.52 * side / 28
+        for k in reversed(range(channels)):
+            shift = 0.009 * (k - channels / 2)
+            axis.add_patch(Rectangle(
+                (x - width / 2 + shift, (1 - width / ratio) / 2 + shift / ratio), width,
+                width / ratio, facecolor="#deebf7" if channels > 1 else "white",
+                edgecolor="#08306b", linewidth=0.4))
+        axis.text(x, -0.55, "\n".join(words), ha="center", va="top", fontsize=8.5)
+        for y, text in ((-2.2, "×".join(map(str, (channels, side, side)))),
+                        (-2.65, f"{count:,}" if count else "–"), (-3.1, str(field))):
+            axis.text(x, y, text, ha="center", va="center", fontsize=8.5)
+    total = sum(row[2] for row in rows)
+    axis.set_title(f"step 4: {total:,} parameters")
+    return figure
+
+
+def draw_augmentation(args):
+    """Training digits as they are, and as five epochs may see them."""
+    images, labels = read_digits(args.data_dir, "train")
+    step = MODULES["step4"]
+    chosen = torch.stack([(labels == digit).nonzero()[0, 0] for digit in range(10)])
+    torch.manual_seed(1)
+    rows = [step.test_transform(images[chosen])]
+    rows += [step.train_transform(images[chosen]) for _ in range(5)]
+    figure, axes = plt.subplots(len(rows), 10, figsize=(WIDTH, 5.4))
+    for row, batch, name in zip(axes, rows, ["as it is", *["augmented"] * 5], strict=True):
+        for axis, image in zip(row, batch, strict=True):
+            show(axis, image, batch.min(), rows[0].max())
+        row[0].set_ylabel(name)
+    return figure
+
+
+def draw_errors(args):
+    """Every test digit that the seed-1 weights of step 4 get wrong."""
+    weights = args.folder / "step4-seed1.pt"
+    if not weights.exists():
+        raise Missing(weights)
+    images, labels = read_digits(args.data_dir, "t10k")
+    step = MODULES["step4"]
+    net = step.Net().eval()
+    net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    with torch.inference_mode():
+        output = torch.cat([net(step.test_transform(part)) for part in images.split(1000)])
+    probability, answer = output.exp().max(dim=1)
+    wrong = (answer != labels).nonzero().flatten()
+    wrong = wrong[probability[wrong].argsort(descending=True)]
+    columns = 9
+    lines = -(-len(wrong) // columns)
+    figure, axes = plt.subplots(lines, columns, squeeze=False, figsize=(WIDTH, 0.6 + 1.15 * lines))
+    for axis in axes.flat[len(wrong):]:
+        axis.axis("off")
+    for axis, index in zip(axes.flat, wrong.tolist(), strict=False):
+        show(axis, images[index], 0, 255)
+        axis.set_xlabel(f"{labels[index]} as {answer[index]}, {100 * probability[index]:.0f}%",
+                        fontsize=9, labelpad=2)
+    figure.suptitle(f"step 4, seed 1: {len(wrong)} wrong of {len(images):,}. Below each digit: "
+                    "label, prediction, its probability", fontsize=10.5)
+    return figure
+
+
+def show(axis, image, low, high):
+    """Draw one digit 1×28×28, black on white, without ticks."""
+    axis.imshow(image[0], cmap="Greys", vmin=low, vmax=high)
+    axis.set(xticks=[], yticks=[])
+    axis.grid(False)
+    axis.spines[:].set(visible=True, color="lightgrey")
+
+
+GRAPHS = {"curves": draw_curves, "drilldown": draw_drilldown, "model": draw_model,
+          "augmentation": draw_augmentation, "errors": draw_errors}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=HERE, help="results by default")
+    parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
+    args = parser.parse_args(argv)
+    for name, draw in GRAPHS.items():
+        try:
+            figure = draw(args)
+        except Missing as missing:
+            print(f"{name}.png: skipped, there are no {missing}")
+            continue
+        figure.set_layout_engine("constrained")
+        figure.savefig(args.folder / f"{name}.png", metadata={"Software": None})
+        plt.close(figure)
+        print(args.folder / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()
