@@ -20,6 +20,7 @@ from torch import nn
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 - once it is known that there is no window
 from matplotlib.patches import Rectangle  # noqa: E402
+from matplotlib.transforms import ScaledTranslation  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -38,7 +39,8 @@ DOCUMENTED = {"step1": 99.26, "step2": 98.69, "step3": 99.16, "step4": 99.52}  #
 WIDTH = 8.5  # inches; README shows 850 pixels, so 1 point is 1.4 of them
 plt.rcParams.update({
     "font.size": 9.5, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 10.5,
-    "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 200,
+    "figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False,
+    "savefig.dpi": 200,
 })
 
 
@@ -63,38 +65,41 @@ def read_digits(data_dir, prefix):
 
 
 def draw_curves(args):
-    """Loss and accuracy of training and test; the line is the mean, the band all seeds."""
+    """Loss and accuracy of training and test; the line is the mean, the band all seeds.
+
+    Accuracy is drawn by its mistakes: from 90 to 99 % is as far as from 99 to 99.9 %.
+    """
     runs = all_runs(args.folder)
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 6.6), sharex=True, sharey="row")
     for row, quantity in zip(axes, ("loss", "accuracy"), strict=True):
-        for axis, split in zip(row, ("train", "test"), strict=True):
+        for axis, split in zip(row, ("training", "test"), strict=True):
+            axis.set_title(f"{split} {quantity}")
+            axis.set_yscale("log")
             for step, found in runs.items():
-                colour, line, marker = STYLES[step]
-                seeds = list(zip(*(run[f"{split}_{quantity}"] for run in found), strict=True))
-                epochs = range(len(seeds))
-                label = f"step {step[-1]} ({len(found)} seed{'s' if len(found) > 1 else ''})"
-                axis.plot(epochs, list(map(fmean, seeds)), line, color=colour, label=label,
-                          marker=marker, markersize=3.5, linewidth=1.4)
-                low, high = list(map(min, seeds)), list(map(max, seeds))
-                axis.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
-            axis.set_title({"train": "training", "test": "test"}[split] + f" {quantity}")
+                columns = [run[f"{split.removesuffix('ing')}_{quantity}"] for run in found]
+                if quantity == "accuracy":
+                    columns = [[max(100 - value, 0.01) for value in run] for run in columns]
+                epochs = list(zip(*columns, strict=True))  # of each, the values of all seeds
+                x, (colour, line, marker) = range(len(epochs)), STYLES[step]
+                axis.plot(x, list(map(fmean, epochs)), line, color=colour, marker=marker,
+                          markersize=3.5, linewidth=1.4,
+                          label=f"step {step[-1]} ({len(found)} seed{'s' * (len(found) > 1)})")
+                axis.fill_between(x, list(map(min, epochs)), list(map(max, epochs)),
+                                  color=colour, alpha=0.2, linewidth=0)
     for axis in axes[0]:
-        axis.set_yscale("log")
         axis.axhline(2.303, color="grey", linewidth=0.8)
     axes[0, 0].text(14, 2.0, "2.303: guessing", ha="right", va="top", color="dimgrey", fontsize=9)
     axes[0, 0].set_ylabel("loss (log scale)")
-    # Accuracy by the share of mistakes: 90 to 99 is as far as 99 to 99.9.
-    axes[1, 0].set_yscale("function", functions=(
-        lambda accuracy: -torch.tensor(100.02 - accuracy).clamp(min=0.005).log().numpy(),
-        lambda height: 100.02 - torch.tensor(-height).exp().numpy()))
-    axes[1, 0].set_yticks([10, 50, 90, 95, 98, 99, 99.5, 99.8, 100],
-                          ["10", "50", "90", "95", "98", "99", "99.5", "99.8", "100"])
-    axes[1, 0].set_ylabel("accuracy, % (scaled by mistakes)")
+    axes[1, 0].set_ylabel("accuracy, % (log scale of mistakes)")
+    axes[1, 0].set_ylim(12, 0.02)
+    mistakes = (10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02)
+    axes[1, 0].set_yticks(mistakes, [f"{100 - value:g}" for value in mistakes])
     for axis in axes[1]:
+        axis.minorticks_off()
         axis.set_xlabel("epoch")
         axis.set_xticks(range(0, 15, 2))
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
+                  frameon=False)
     return figure
 
 
@@ -108,18 +113,19 @@ def draw_drilldown(args):
         mean, colour, marker = fmean(last), STYLES[step][0], STYLES[step][2]
         axis.errorbar(size, mean, [[mean - min(last)], [max(last) - mean]], color=colour,
                       marker=marker, markersize=8, capsize=4)
+        left = step in ("step1", "step3")  # on which side the words are; the other is free
+        aside = ScaledTranslation((1 if left else -1) * 0.16, 0, figure.dpi_scale_trans)
         axis.plot(size, DOCUMENTED[step], marker, markersize=8, markerfacecolor="none",
-                  color=colour)
-        left = step in ("step1", "step3")
+                  color=colour, transform=axis.transData + aside)
         words = f"step {step[-1]}\n{size:,} parameters\n{mean:.2f} (n = {len(last)})"
         axis.annotate(words, (size, mean), xytext=(-12 if left else 12, 0), va="center",
                       textcoords="offset points", ha="right" if left else "left")
     axis.plot([], [], "ko", markersize=8, label="last epoch: mean, lowest and highest of the seeds")
     axis.plot([], [], "ko", markersize=8, markerfacecolor="none",
-              label="documented: best epoch of one run")
+              label="beside it, documented: best epoch of one run")
     axis.legend(loc="lower right", frameon=False)
     axis.set_xscale("log")
-    axis.set_xlim(2e3, 2e7)
+    axis.set_xlim(1e3, 2e7)
     axis.set_xlabel("parameters (log scale)")
     axis.set_ylabel("test accuracy, %")
     return figure
@@ -142,11 +148,11 @@ def describe(net):
                 size, stride = (pair if isinstance(pair, int) else pair[0]
                                 for pair in (size, part.stride))
                 field, jump = field + (size - 1) * jump, jump * stride
-            name = {nn.Conv2d: f"{size}×{size} conv", nn.MaxPool2d: f"max-pool {size}",
-                    nn.AvgPool2d: f"avg-pool {size}", nn.ReLU: "ReLU",
-                    nn.BatchNorm2d: "batch norm"}.get(type(part))
+            name = {nn.Conv2d: f"{size}×{size} conv", nn.MaxPool2d: f"max\npool {size}",
+                    nn.AvgPool2d: f"average\npool {size}", nn.ReLU: "ReLU",
+                    nn.BatchNorm2d: "batch\nnorm"}.get(type(part))
             dropout = isinstance(part, (nn.Dropout, nn.Dropout2d)) and part.p
-            words += [name] if name else [f"dropout {part.p:g}"] if dropout else []
+            words += [name] if name else [f"dropout\n{part.p:g}"] if dropout else []
         image = layer(image)
         count = sum(p.numel() for p in layer.parameters())
         rows.append((words, tuple(image.shape[1:]), count, field))
@@ -156,25 +162,26 @@ def describe(net):
 def draw_model(args):
     """The final model: each stage as a stack of feature maps, to scale, with its figures."""
     rows = describe(MODULES["step4"].Net())
-    figure, axis = plt.subplots(figsize=(WIDTH, 3.7))
-    axis.set(xlim=(-0.75, len(rows) - 0.45), ylim=(-3.35, 2.0), aspect="auto")
+    words = ["\n".join(row[0]) for row in rows]
+    below = 155 + 15 * max(text.count("\n") for text in words)  # in pixels of README, as all here
+    figure = plt.figure(figsize=(WIDTH, (below + 75) / 100), layout="none")
+    axis = figure.add_axes((0, 0, 1, 1), xlim=(0, 850), ylim=(below + 75, 0))
     axis.axis("off")
-    box, height = figure.get_size_inches(), 5.35
-    ratio = box[1] / height / (box[0] / (len(rows) + 0.3))  # so that squares look square
-    for x, (words, (channels, side, _), count, field) in enumerate(rows):
-        width = 0.16 + 0.52 * side / 28
-        for k in reversed(range(channels)):
-            shift = 0.009 * (k - channels / 2)
+    for y, name in ((12, "shape"), (37, "parameters"), (62, "receptive field")):
+        axis.text(8, below + y, name, va="center", fontsize=8.5)
+        axis.axhline(below + y - 12, color="lightgrey", linewidth=0.6)
+    for column, (_, (channels, side, side), count, field) in enumerate(rows):
+        x, size = 133 + 68 * column, 6 + 44 * side / 28
+        for k in reversed(range(channels)):  # the rearmost first
+            shift = 0.6 * (k - channels / 2)
             axis.add_patch(Rectangle(
-                (x - width / 2 + shift, (1 - width / ratio) / 2 + shift / ratio), width,
-                width / ratio, facecolor="#deebf7" if channels > 1 else "white",
-                edgecolor="#08306b", linewidth=0.4))
-        axis.text(x, -0.55, "\n".join(words), ha="center", va="top", fontsize=8.5)
-        for y, text in ((-2.2, "×".join(map(str, (channels, side, side)))),
-                        (-2.65, f"{count:,}" if count else "–"), (-3.1, str(field))):
-            axis.text(x, y, text, ha="center", va="center", fontsize=8.5)
-    total = sum(row[2] for row in rows)
-    axis.set_title(f"step 4: {total:,} parameters")
+                (x - size / 2 + shift, 85 - size / 2 - shift), size, size, linewidth=0.35,
+                facecolor="#deebf7" if column else "white", edgecolor="#4a6a94"))
+        axis.text(x, 128, words[column], ha="center", va="top", fontsize=8.5)
+        for y, text in ((12, f"{channels}×{side}×{side}"), (37, f"{count:,}"), (62, str(field))):
+            axis.text(x, below + y, text, ha="center", va="center", fontsize=8)
+    axis.text(425, 22, f"step 4: {sum(row[2] for row in rows):,} parameters", ha="center",
+              fontsize=10.5)
     return figure
 
 
@@ -189,7 +196,7 @@ def draw_augmentation(args):
     figure, axes = plt.subplots(len(rows), 10, figsize=(WIDTH, 5.4))
     for row, batch, name in zip(axes, rows, ["as it is", *["augmented"] * 5], strict=True):
         for axis, image in zip(row, batch, strict=True):
-            show(axis, image, batch.min(), rows[0].max())
+            show(axis, image, rows[0].min(), rows[0].max())
         row[0].set_ylabel(name)
     return figure
 
@@ -243,9 +250,8 @@ def main(argv=None):
         try:
             figure = draw(args)
         except Missing as missing:
-            print(f"{name}.png: skipped, there are no {missing}")
+            print(f"{name}.png: skipped, missing: {missing}")
             continue
-        figure.set_layout_engine("constrained")
         figure.savefig(args.folder / f"{name}.png", metadata={"Software": None})
         plt.close(figure)
         print(args.folder / f"{name}.png")
