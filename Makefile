@@ -15,7 +15,8 @@ FOUR := step1_setup.py step2_skeleton.py step3_bn_gap.py step4_aug_lr.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup data step1 step2 step3 step4 all smoke seeds test kill fuzz diff lint \
-	bench verify variants times graphs results clean distclean FORCE
+	bench verify search fastpath variants times graphs evidence \
+	results clean distclean FORCE
 
 help: ## Print this list
 	@echo 'Usage: make TARGET [ARGS="--epochs 1 --seed 2"] [PYTHON=python3.12]'
@@ -83,6 +84,12 @@ bench: $(READY) data ## Measure the speed, in ratios taken side by side
 verify: $(READY) data ## Test the committed weights against the committed figures
 	@$(PY) results/verify.py
 
+search: $(READY) data ## Search for the recipe of step 4 on held-out data (hours)
+	@$(PY) results/search.py
+
+fastpath: $(READY) data ## Measure whether the fast path costs accuracy (about an hour)
+	@$(PY) results/fastpath.py
+
 variants: $(READY) data ## Measure what each ingredient is worth (about two hours)
 	@$(PY) results/variants.py
 
@@ -92,6 +99,14 @@ times: $(READY) data ## Measure accuracy against training time (about half an ho
 graphs: $(READY) data ## Draw the graphs of results/ with matplotlib
 	@$(PY) -m pip install --quiet --disable-pip-version-check "matplotlib>=3.10,<4"
 	@$(PY) results/graphs.py
+
+evidence: $(READY) data ## Train every run behind the figures into results/ (many hours)
+	@$(MAKE) --no-print-directory seeds STEP=4 SEEDS="1 2 3 4 5 6 7 8 9 10" OUT=results
+	@$(MAKE) --no-print-directory seeds STEP=3 SEEDS="1 2 3 4 5" OUT=results
+	@$(MAKE) --no-print-directory seeds STEP=2 SEEDS="1 2 3 4 5" OUT=results
+	@$(MAKE) --no-print-directory seeds STEP=1 SEEDS=1 OUT=results
+
+results: evidence search fastpath variants times bench graphs ## Make everything in results/ anew
 
 clean: ## Remove caches
 	rm -rf .pytest_cache .ruff_cache __pycache__ */__pycache__
