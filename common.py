@@ -38,9 +38,6 @@ MNIST_SHA256 = {
 }
 
 
-# ---------------------------------------------------------------------------- arguments
-
-
 def parse_args(argv, description, epochs, batch_size):
     """Read the command line that all steps share.
 
@@ -88,8 +85,8 @@ def find_device(name):
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        sys.exit(f"--device {name} cannot be used here: {str(error).splitlines()[0]}")
+    except (RuntimeError, AssertionError, ImportError) as error:
+        sys.exit(f"--device {name} cannot be used here, {explain(error)}")
     return torch.device(name)
 
 
@@ -148,6 +145,9 @@ def get_data(data_dir, sources=(fetch_with_torchvision,)):
     """
     raw = Path(data_dir, "MNIST", "raw")
     missing = [raw / name for name in MNIST_SHA256 if not (raw / name).exists()]
+    if 0 < len(missing) < 4:  # perhaps another run is just putting them there
+        time.sleep(1)
+        missing = [path for path in missing if not path.exists()]
     if not missing:
         return
     packed = Path(f"{missing[0]}.gz")
@@ -165,8 +165,8 @@ def get_data(data_dir, sources=(fetch_with_torchvision,)):
                 for name in MNIST_SHA256:
                     os.replace(fetched / name, raw / name)
             return
-        except (OSError, RuntimeError, shutil.ReadError, subprocess.SubprocessError) as error:
-            tried.append(f"{fetch.__name__} ({str(error).strip().splitlines()[0]})")
+        except Exception as error:  # every source fails in its own ways
+            tried.append(f"{fetch.__name__} ({explain(error)})")
     sys.exit(f"No MNIST in {raw}. Tried: {', '.join(tried)}. Connect to the internet, try "
              f"`make data`, or put there: {', '.join(MNIST_SHA256)}")
 
@@ -341,10 +341,6 @@ def print_summary(model):
         print(torchinfo.summary(twin, (1, 1, 28, 28), col_names=columns, device="cpu", verbose=0))
 
 
-class Diverged(ArithmeticError):
-    """The loss is no longer a finite number; holds the batch at which that began."""
-
-
 class EpochBar(tqdm):
     """A progress bar that reads the figures before it only when it is drawn.
 
@@ -383,7 +379,7 @@ def train(model, loader, optimizer, args, scheduler=None, average=None):
         tuple[float, float, float]: mean loss, accuracy in per cent, seconds.
 
     Raises:
-        Diverged: the loss became infinite or not a number.
+        FloatingPointError: the loss became infinite or not a number; says from which batch on.
     """
     model.train()
     losses = torch.zeros(len(loader), device=args.device)
@@ -393,7 +389,7 @@ def train(model, loader, optimizer, args, scheduler=None, average=None):
     def figures():
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
-            raise Diverged(f"batch {int(bad[0])}")
+            raise FloatingPointError(f"batch {int(bad[0])}")
         accuracy = 100 * correct.item() / max(seen, 1)
         return f"Loss={losses[batch].item()} Batch_id={max(batch, 0)} Accuracy={accuracy:.2f}"
 
@@ -453,7 +449,7 @@ def evaluate(model, loader, weights):
 
 def explain(error):
     """Return the words of an exception on one line, cut to what a terminal shows."""
-    return f"found: {' '.join(str(error).split())[:150]}"
+    return f"found: {' '.join((str(error) or repr(error)).split())[:150]}"
 
 
 # ------------------------------------------------------------------- the record of a run
@@ -500,7 +496,7 @@ class Run:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")
         self.handlers = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
-        sys.stdout = Tee(sys.stdout)
+        sys.stdout = Tee(sys.stdout or open(os.devnull, "w"))
         return self
 
     def __exit__(self, kind, error, traceback):
@@ -512,8 +508,8 @@ class Run:
             kept = f"Epochs 0 to {self.kept - 1} are in {self.path('.*')}; go on with --resume."
         if kind is KeyboardInterrupt:
             print(f"\nInterrupted. {kept}", file=sys.stderr)
-            sys.exit(128 + error.args[0])
-        if kind is Diverged:
+            sys.exit(128 + (error.args or [signal.SIGINT])[0])
+        if kind is FloatingPointError:
             sys.exit(f"The loss is not finite from epoch {self.epoch}, {error} on. "
                      f"Try a smaller LEARNING_RATE. {kept}")
         if isinstance(error, OSError):
@@ -560,7 +556,7 @@ class Run:
     def record(self, train_loss, train_accuracy, seconds, test_loss, test_accuracy):
         """Keep the epoch that has just ended, so that no later accident can take it away."""
         if not math.isfinite(test_loss):
-            raise Diverged("its last batch")
+            raise FloatingPointError("its last batch")
         rate = self.optimizer.param_groups[0]["lr"]
         self.rows.append(f"{self.epoch},{train_loss:.6f},{train_accuracy:.2f},{test_loss:.6f},"
                          f"{test_accuracy:.2f},{rate:.6g},{seconds:.2f}")
@@ -597,7 +593,7 @@ class Run:
             for suffix in files:
                 os.replace(folder / suffix, self.path(suffix))
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path(suffix))) from error
+            raise OSError(error.errno, error.strerror, str(self.path(".*"))) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

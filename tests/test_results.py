@@ -1,0 +1,99 @@
+"""Every figure in README and docstrings is read back from the runs in results/."""
+
+import re
+
+import pytest
+import table
+import verify
+from conftest import ROOT, STEPS
+
+RESULTS = ROOT / "results"
+DOCUMENTED = {  # the figures of the documented exercise: parameters, best training, best test
+    "step1": ("99.94", "99.26"),
+    "step2": ("98.85", "98.69"),
+    "step3": ("99.06", "99.16"),
+    "step4": ("98.49", "99.52"),
+}
+RUNS = {name: table.read_runs(name) for name in STEPS}
+FIGURE = re.compile(r"(?<![\d.])\d\d\.\d\d(?![\d.])")
+
+
+def known_figures():
+    """Return all figures with two decimals that the evidence holds, as they would be written."""
+    known = {figure for pair in DOCUMENTED.values() for figure in pair}
+    for runs in RUNS.values():
+        for run in runs.values():
+            for column in ("train_accuracy", "test_accuracy"):
+                known |= {f"{value:.2f}" for value in run[column]}
+            known.add(f"{table.summarize([run])['last_five']:.2f}")
+        if runs:
+            row = table.summarize(runs.values())
+            known |= {f"{row[key]:.2f}" for key in ("mean", "last_five", "lowest", "best")}
+    for report in RESULTS.rglob("*.md"):
+        if report.parent != RESULTS or report.name == "bench.md":
+            numbers = re.findall(r"\d+\.\d+", report.read_text(encoding="utf-8"))
+            known |= {f"{float(number):.2f}" for number in numbers}
+    return known
+
+
+def figure_lines():
+    """Return (name, line) of every line with a figure in README and docstrings."""
+    texts = {"README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
+    texts |= {name: step.__doc__ for name, step in STEPS.items()}
+    texts["results/README.md"] = (RESULTS / "README.md").read_text(encoding="utf-8")
+    return [(name, line) for name, text in texts.items() for line in text.splitlines()
+            if FIGURE.search(line)]
+
+
+@pytest.mark.parametrize("name, line", figure_lines())
+def test_figure_was_measured(name, line):
+    assert set(FIGURE.findall(line)) <= known_figures(), f"{name}: {line}"
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_row_of_the_readme(name):
+    """The table's row of a step is made from its runs."""
+    row = table.summarize(RUNS[name].values())
+    spread = f" ± {row['deviation']:.2f}" if row["runs"] > 1 else ""
+    end = (f"| {DOCUMENTED[name][1]} | {row['best']:.2f} | {row['mean']:.2f}{spread} | "
+           f"{row['runs']} |")
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert any(line.startswith(f"| [{name[-1]}]") and line.endswith(end) for line in lines), end
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_docstring_says_what_the_runs_gave(name):
+    """The docstring of a step has its last-epoch mean, best epochs and number of runs."""
+    row = table.summarize(RUNS[name].values())
+    train = max(max(run["train_accuracy"]) for run in RUNS[name].values())
+    words = " ".join(STEPS[name].__doc__.split())
+    for figure in (f"{row['mean']:.2f}", f"{row['best']:.2f}", f"{train:.2f}"):
+        assert figure in words, figure
+    assert re.search(rf"\b{row['runs']} (run|seed)", words) or (
+        row["runs"] == 1 and "seed 1" in words)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_documented_figures_are_reached(name):
+    """The best epochs of the runs are at or above the documented ones."""
+    runs = RUNS[name].values()
+    assert max(max(run["test_accuracy"]) for run in runs) >= float(DOCUMENTED[name][1])
+    if name in ("step1", "step2"):
+        assert max(max(run["train_accuracy"]) for run in runs) >= float(DOCUMENTED[name][0])
+
+
+def test_every_run_has_its_log():
+    """Each csv is that of a finished run whose log ends with the same figures."""
+    for path in RESULTS.glob("step*-seed*.csv"):
+        run = table.read_run(path)
+        log = path.with_suffix(".log").read_text(encoding="utf-8")
+        logged = re.findall(r"^Test set: .*\((\d+\.\d+)%\)", log, re.M)
+        assert [float(value) for value in logged] == run["test_accuracy"], path.name
+        assert "Last Test Accuracy" in log
+
+
+@pytest.mark.mnist
+@pytest.mark.skipif(not (ROOT / "data" / "MNIST" / "raw" / "t10k-images-idx3-ubyte").exists(),
+                    reason="the real MNIST is not in data/")
+def test_committed_weights_give_the_committed_figures():
+    assert verify.main([]) == 0
