@@ -145,27 +145,25 @@ def get_data(data_dir, sources=(fetch_with_torchvision,)):
     """
     raw = Path(data_dir, "MNIST", "raw")
     missing = [raw / name for name in MNIST_SHA256 if not (raw / name).exists()]
-    if 0 < len(missing) < 4:  # perhaps another run is just putting them there
-        time.sleep(1)
-        missing = [path for path in missing if not path.exists()]
     if not missing:
         return
     packed = Path(f"{missing[0]}.gz")
     check(not packed.exists(), missing[0], "this file", f"{packed.name} instead; gunzip it")
     check(len(missing) == 4, missing[0], "this file", "only others; remove them to fetch all four")
-    raw.mkdir(parents=True, exist_ok=True)
+    raw.parent.mkdir(parents=True, exist_ok=True)
     tried = []
     for fetch in sources:
         try:
-            with tempfile.TemporaryDirectory(dir=data_dir, prefix="download-") as folder:
+            with tempfile.TemporaryDirectory(dir=raw.parent, prefix="download-") as folder:
                 fetched = fetch(folder)
                 for name, expected in MNIST_SHA256.items():
                     if hashlib.sha256((fetched / name).read_bytes()).hexdigest() != expected:
                         raise OSError(f"wrong SHA-256 of {name}")
-                for name in MNIST_SHA256:
-                    os.replace(fetched / name, raw / name)
+                os.replace(fetched, raw)  # all at once: no other run ever sees only some of them
             return
         except Exception as error:  # every source fails in its own ways
+            if missing[0].exists():  # another run was faster
+                return
             tried.append(f"{fetch.__name__} ({explain(error)})")
     sys.exit(f"No MNIST in {raw}. Tried: {', '.join(tried)}. Connect to the internet, try "
              f"`make data`, or put there: {', '.join(MNIST_SHA256)}")
@@ -503,9 +501,8 @@ class Run:
         for number, handler in self.handlers.items():  # a second Ctrl-C must not disturb the end
             signal.signal(number, signal.SIG_IGN if kind is KeyboardInterrupt else handler)
         sys.stdout = sys.stdout.terminal
-        kept = "No epoch of this run had ended; what was there is untouched."
-        if self.kept:
-            kept = f"Epochs 0 to {self.kept - 1} are in {self.path('.*')}; go on with --resume."
+        kept = f"Epochs 0 to {self.kept - 1} are in {self.path('.*')}; go on with --resume."
+        kept = kept if self.kept else "No epoch of this run had ended; what was there is untouched."
         if kind is KeyboardInterrupt:
             print(f"\nInterrupted. {kept}", file=sys.stderr)
             sys.exit(128 + (error.args or [signal.SIGINT])[0])

@@ -39,7 +39,7 @@ def test_top_level_keeps_to_the_frame():
 def test_requirements_are_the_five_packages():
     lines = (ROOT / "requirements.txt").read_text().split()
     assert {re.match(r"[a-z]+", line)[0] for line in lines} == PACKAGES
-    assert all(re.fullmatch(r"[a-z]+>=[\d.]+,<\d+", line) for line in lines)
+    assert all(re.fullmatch(r"[a-z]+>=[\d.]+,<[\d.]+", line) for line in lines)
 
 
 def test_only_the_five_packages_are_imported():
