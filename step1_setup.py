@@ -1,6 +1,17 @@
 """Step 1: the set-up, with a network far too large for its task.
 
-Target: to be written.
+Target
+    Transforms, loaders, a training loop and a test loop that no later step has to touch, and
+    a first network to show that they work.
+
+Results
+    @@RESULTS@@
+
+Analysis
+    @@ANALYSIS@@
+
+Next
+    Step 2 changes the network and nothing else.
 """
 
 import sys
@@ -14,8 +25,8 @@ from common import Run, evaluate, get_loaders, parse_args, prepare, setup, test,
 
 EPOCHS = 15
 BATCH_SIZE = 128  # 469 batches an epoch
-LEARNING_RATE = 0.01
-MOMENTUM = 0.9
+LEARNING_RATE = 0.01  # the same for every batch
+MOMENTUM = 0.9  # each step is about the mean of the last ten gradients, times ten
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1
 
 train_transform = v2.Compose([
@@ -37,7 +48,11 @@ def block(in_channels, out_channels, padding=0):
 
 
 class Net(nn.Module):
-    """Takes normalised images Nx1x28x28, returns log-probabilities Nx10."""
+    """Takes normalised images Nx1x28x28, returns log-probabilities Nx10.
+
+    Beside each line: its output, height x width x channels, and its receptive field (RF), the
+    pixels of the image, across, that one value of the output depends on.
+    """
 
     def __init__(self):
         super().__init__()

@@ -1,6 +1,18 @@
-"""Step 2: a new skeleton with a three-hundredth of the parameters.
+"""Step 2: a new skeleton, with a three-hundredth of the parameters.
 
-Target: to be written.
+Target
+    A network that is small enough not to learn its training images by heart. Only the
+    architecture changes.
+
+Results
+    @@RESULTS@@
+
+Analysis
+    @@ANALYSIS@@
+
+Next
+    Step 3 gives the skeleton what it lacks: batch normalization, dropout, and global average
+    pooling in the place of the 7x7 convolution.
 """
 
 import sys
@@ -14,8 +26,8 @@ from common import Run, evaluate, get_loaders, parse_args, prepare, setup, test,
 
 EPOCHS = 15
 BATCH_SIZE = 128  # 469 batches an epoch
-LEARNING_RATE = 0.01
-MOMENTUM = 0.9
+LEARNING_RATE = 0.01  # the same for every batch
+MOMENTUM = 0.9  # each step is about the mean of the last ten gradients, times ten
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1
 
 train_transform = v2.Compose([
@@ -37,7 +49,11 @@ def block(in_channels, out_channels, kernel_size=3):
 
 
 class Net(nn.Module):
-    """Takes normalised images Nx1x28x28, returns log-probabilities Nx10."""
+    """Takes normalised images Nx1x28x28, returns log-probabilities Nx10.
+
+    Beside each line: its output, height x width x channels, and its receptive field (RF), the
+    pixels of the image, across, that one value of the output depends on.
+    """
 
     def __init__(self):
         super().__init__()

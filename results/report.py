@@ -1,0 +1,54 @@
+"""Write results/README.md: every run behind a figure, and where the other tables are.
+
+    python results/report.py
+"""
+
+from pathlib import Path
+
+from table import HERE, make_table, read_runs
+
+TITLES = {
+    "step1": "Step 1: set-up",
+    "step2": "Step 2: skeleton",
+    "step3": "Step 3: batch normalization, dropout, global average pooling",
+    "step4": "Step 4: augmentation and learning-rate schedule",
+}
+REPORTS = {
+    "search/README.md": "the search for the recipe of step 4, on held-out data",
+    "fastpath/README.md": "whether the fast path costs accuracy",
+    "variants/README.md": "what each ingredient of steps 3 and 4 is worth",
+    "times/README.md": "accuracy against training time",
+    "bench.md": "speed, in ratios taken side by side",
+}
+PICTURES = {
+    "curves.png": "Training and test loss and accuracy of the four steps",
+    "model.png": "The final model",
+    "augmentation.png": "Training digits before and after augmentation",
+    "errors.png": "Every test digit that the weights of step 4, seed 1, get wrong",
+}
+
+
+def main():
+    lines = [
+        "# Results",
+        "",
+        "Each run left `stepN-seedS.log` (what it printed, with machine and versions in the "
+        "first line), `.csv` (its history) and `.pt` (weights of the last epoch; step 1's are "
+        "too large to keep here). `make verify` tests the weights. Accuracies are in per cent "
+        "of the 10,000 test images. The test set chose nothing.",
+        "",
+    ]
+    lines += [f"- [{words}]({name})" for name, words in REPORTS.items() if (HERE / name).exists()]
+    for step, title in TITLES.items():
+        runs = read_runs(step)
+        if runs:
+            names = {f"[seed {seed}]({step}-seed{seed}.log)": run for seed, run in runs.items()}
+            lines += ["", f"## {title}", "", make_table(names)]
+    for name, words in PICTURES.items():
+        if (HERE / name).exists():
+            lines += ["", f"## {words}", "", f"![{words}]({name})"]
+    Path(HERE, "README.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
