@@ -5,10 +5,15 @@ Target
     a first network to show that they work.
 
 Results
-    @@RESULTS@@
+    One run, seed 1, of 15 epochs on two cores of an Intel Xeon with torch 2.14.1 in fp32:
+    6,379,786 parameters; best training accuracy 99.92 %, best test accuracy 99.25 %, last epoch
+    99.21 %. (The documented run: 99.94 % and 99.26 %.)
 
 Analysis
-    @@ANALYSIS@@
+    The network over-fits. From epoch 5 on the test loss is no better for all further training
+    (0.0268 there, 0.0324 at the end), while the training loss falls to an eighth (0.0147 to
+    0.0025): it learns its training images by heart (results/curves.png). It has the room: two
+    convolutions alone, 256 to 512 and 512 to 1024 channels, hold 92 in 100 of its weights.
 
 Next
     Step 2 changes the network and nothing else.

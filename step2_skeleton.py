@@ -5,10 +5,17 @@ Target
     architecture changes.
 
 Results
-    @@RESULTS@@
+    One run, seed 1, of 15 epochs on two cores of an Intel Xeon with torch 2.14.1 in fp32:
+    20,750 parameters; best training accuracy 99.24 %, best test accuracy 98.90 %, last epoch
+    98.80 %. (The documented run: 98.85 % and 98.69 %.)
 
 Analysis
-    @@ANALYSIS@@
+    Training and test end 0.44 points apart, in step 1 it was 0.71, and the test loss settles
+    where that of step 1 rises (results/curves.png). With 1x1 convolutions the network
+    brings 32 channels down to 10 before it computes on, at 320 weights each time. What it lacks
+    shows at the start: nothing keeps the scale of a layer's inputs steady, so the first epoch
+    ends at a mean loss of 1.97, little below the 2.303 of guessing. And its last layer, a 7x7
+    convolution that sees the whole image, costs 4,900 weights, a quarter of all.
 
 Next
     Step 3 gives the skeleton what it lacks: batch normalization, dropout, and global average

@@ -4,10 +4,17 @@ Target
     Fewer than 10,000 parameters and a better test accuracy.
 
 Results
-    @@RESULTS@@
+    One run, seed 1, of 15 epochs on two cores of an Intel Xeon with torch 2.14.1 in fp32:
+    9,078 parameters; best training accuracy 98.43 %, best test accuracy 99.22 %, last epoch
+    99.21 %. (The documented run: 99.06 % and 99.16 %.)
 
 Analysis
-    @@ANALYSIS@@
+    Batch normalization keeps the scale of every layer's inputs steady: the first epoch ends at
+    a mean loss of 0.64, where step 2 was at 1.97. Dropout, of whole channels here, makes
+    training harder than testing, which is why the test accuracy lies above the training
+    accuracy. Global average pooling takes the mean of each channel over all 6x6 places, so a
+    1x1 convolution of 200 weights can do what took 4,900: the receptive field is 28 pixels
+    either way, the whole image. The training accuracy of 98.43 % says there is more to learn.
 
 Next
     Step 4 trains on images that are never the same twice, and lowers the learning rate.
