@@ -323,7 +323,7 @@ def prepare(model, args):
     small = sum(p.numel() for p in model.parameters()) < 1_000_000
     slow = args.no_compile or args.smoke or args.evaluate or args.device.type == "mps"
     args.compile = small and not slow and can_compile(args.device)
-    print(f"Settings: {args.epochs} epochs, batch size {args.batch_size}, seed {args.seed}, "
+    print(f"Settings: epochs {args.epochs}, batch size {args.batch_size}, seed {args.seed}, "
           f"{args.precision}, {'' if args.compile else 'not '}compiled")
     print_summary(model)
     if args.compile:
