@@ -11,7 +11,7 @@ Results
 
 Analysis
     The network over-fits. From epoch 5 on the test loss is no better for all further training
-    (0.0268 there, 0.0324 at the end), while the training loss falls to an eighth (0.0147 to
+    (0.0268 there, 0.0324 at the end), while the training loss falls to a sixth (0.0147 to
     0.0025): it learns its training images by heart (results/curves.png). It has the room: two
     convolutions alone, 256 to 512 and 512 to 1024 channels, hold 92 in 100 of its weights.
 

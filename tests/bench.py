@@ -31,7 +31,7 @@ import step4_aug_lr  # noqa: E402
 
 def settings(*flags):
     """Return the completed settings of a run that has these flags."""
-    args = common.parse_args(list(flags), "", 15, 128)
+    args = common.parse_args(list(flags), __doc__, 15, 128)
     common.setup(args)
     return args
 
@@ -177,7 +177,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the work, no file")
     quick = parser.parse_args().quick
-    rounds, size = (3, 10) if quick else (7, 80)
+    rounds, size = (3, 10) if quick else (5, 60)
     fast = Suite(step4_aug_lr)
     lines = ["| what | first, ms a batch | second, ms a batch | first / second | to reach |",
              "|---|---|---|---|---|"]
