@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from torchvision import datasets
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
+warnings.filterwarnings("ignore", module="torch._weights_only")  # what is wrong gets one line
 BAR_FORMAT = "{l_bar}{bar:10}{r_bar}"
 MNIST_SHA256 = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -91,11 +93,13 @@ def find_device(name):
 
 
 def is_bf16_faster(device):
-    """Tell whether `device` multiplies bf16 numbers faster than fp32 ones."""
+    """Tell whether `device` multiplies bf16 numbers faster than fp32 ones.
+
+    Intel's AVX-512 does so at half the rate of fp32, AMD's at twice; AMX is fast anywhere.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    # Intel's AVX-512 runs bf16 at half the rate of fp32, AMD's at twice; AMX is fast anywhere.
     return cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "Intel" not in cpu["cpu_name"])
 
 
@@ -147,8 +151,7 @@ def get_data(data_dir, sources=(fetch_with_torchvision,)):
     missing = [raw / name for name in MNIST_SHA256 if not (raw / name).exists()]
     if not missing:
         return
-    packed = Path(f"{missing[0]}.gz")
-    check(not packed.exists(), missing[0], "this file", f"{packed.name} instead; gunzip it")
+    check(not Path(f"{missing[0]}.gz").exists(), missing[0], "this file", "its .gz; gunzip it")
     check(len(missing) == 4, missing[0], "this file", "only others; remove them to fetch all four")
     raw.parent.mkdir(parents=True, exist_ok=True)
     tried = []

@@ -107,7 +107,7 @@ DAMAGES = {
     "gzip under its name": (TRAIN_IMAGES, lambda path: pack(path, TRAIN_IMAGES),
                             "found a gzip archive; gunzip it"),
     "gzip beside": (TEST_LABELS, lambda path: pack(path, f"{TEST_LABELS}.gz"),
-                    f"found {TEST_LABELS}.gz instead; gunzip it"),
+                    "found its .gz; gunzip it"),
 }
 
 
