@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from search import HELD_OUT, write_held_out
-from table import read_runs, summarize
+from table import read_runs, show_deviation, summarize
 from variants import HERE, ROOT, run_all
 
 SEEDS = (1, 2, 3)
@@ -37,7 +37,7 @@ def make_report(folder):
                 log = Path(folder, name, f"{step}-seed{min(runs)}.log").read_text(encoding="utf-8")
                 arithmetic = ", ".join(log.splitlines()[1].split(", ")[-2:])
                 row = summarize(runs.values())
-                deviation = f"{row['deviation']:.3f}" if row["runs"] > 1 else ""
+                deviation = show_deviation(row)
                 lines.append(f"| {step[-1]} | {arithmetic} | {row['runs']} | {row['mean']:.3f} | "
                              f"{deviation} | {row['last_five']:.3f} |")
     return "\n".join([*lines, ""])

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from table import read_runs, summarize
+from table import read_runs, show_deviation, summarize
 from torch import nn, optim
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from torchvision.transforms import v2
@@ -152,7 +152,7 @@ def make_report(folder):
         "|---|---|---|---|---|---|",
     ]
     for words, runs, row in found:
-        deviation = f"{row['deviation']:.3f}" if row["runs"] > 1 else ""
+        deviation = show_deviation(row)
         lines.append(f"| {words} | {', '.join(map(str, runs))} | {row['last_five']:.3f} | "
                      f"{row['lowest']:.2f} | {row['mean']:.3f} | {deviation} |")
     return "\n".join([*lines, ""])

@@ -82,6 +82,11 @@ def summarize(runs):
     }
 
 
+def show_deviation(summary):
+    """Return the deviation of a summary as a cell of a table: empty for a single run."""
+    return "" if summary["deviation"] is None else f"{summary['deviation']:.3f}"
+
+
 def make_table(runs):
     """Return the Markdown table of a dict of runs by name or seed, with the summary below it."""
     lines = [

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
-from table import BAR, read_runs, summarize
+from table import BAR, read_runs, show_deviation, summarize
 from torch import nn, optim
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
@@ -102,7 +102,7 @@ def make_report(folder):
             lines.append(f"| {recipe}, {place.name} | | 0 | | | | |")
             continue
         found = summarize(runs)
-        deviation = f"{found['deviation']:.3f}" if len(runs) > 1 else ""
+        deviation = show_deviation(found)
         reached = [first for first in map(find_first, runs) if first]
         words = "never"
         if reached:

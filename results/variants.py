@@ -17,7 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from table import is_finished, read_run, read_runs, summarize
+from table import is_finished, read_run, read_runs, show_deviation, summarize
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -159,7 +159,7 @@ def make_report(folder):
         if place == folder.parent:
             means[step] = found["mean"]
         difference = f"{found['mean'] - means[step]:+.3f}" if step in means else ""
-        deviation = f"{found['deviation']:.3f}" if found["runs"] > 1 else ""
+        deviation = show_deviation(found)
         lines.append(f"| {step[-1]} | {words} | {found['runs']} | {found['mean']:.3f} | "
                      f"{difference} | {deviation} | {found['last_five']:.3f} |")
     return "\n".join([*lines, ""])
