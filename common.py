@@ -30,7 +30,7 @@ from torchvision import datasets
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-warnings.filterwarnings("ignore", module="torch._weights_only")  # what is wrong gets one line
+warnings.filterwarnings("ignore", module="torch._weights_only")  # restore, evaluate report it
 BAR_FORMAT = "{l_bar}{bar:10}{r_bar}"
 MNIST_SHA256 = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -182,7 +182,8 @@ def read_idx(path, magic, item_shape):
     """Read one IDX file, checking all that it says of itself; exit with 1 if it is damaged.
 
     Args:
-        path (Path): the file. Format: yann.lecun.com/exdb/mnist, "FILE FORMATS".
+        path (Path): the file. Big-endian, four bytes each: a magic number, the number of
+            items, the sides of an item; then the items, a byte a value.
         magic (int): 2051 for images, 2049 for labels.
         item_shape (tuple[int, ...]): (28, 28) for images, () for labels.
 
@@ -220,6 +221,8 @@ def read_split(data_dir, prefix):
 class Loader:
     """Cuts a split that lies in memory into batches, and transforms each batch as a whole.
 
+    What torch.utils.data.DataLoader does elsewhere; that one reads and transforms image by
+    image, which would take longer than to train a network as small as these.
     Iterating gives (images, labels): what `transform` makes of uint8 B×1×28×28, and int64 B.
     The last batch may be shorter.
     """
@@ -240,8 +243,9 @@ class Loader:
 def get_loaders(args, train_transform, test_transform):
     """Return the training loader, shuffled anew every epoch, and the test loader.
 
-    Both splits are held once, as uint8 on the training device. Adds to `args` a fingerprint
-    of the data. Exits with 1 if the data is missing or damaged.
+    Both splits are held once, as uint8 on the training device; of each only one batch with
+    --smoke. Adds to `args` a fingerprint of the data, so that --resume can refuse other data.
+    Exits with 1 if the data is missing or damaged.
     """
     get_data(args.data_dir)
     splits = [read_split(args.data_dir, prefix) for prefix in ("train", "t10k")]
@@ -249,7 +253,7 @@ def get_loaders(args, train_transform, test_transform):
     args.data, size, loaders = digest.hexdigest()[:16], args.batch_size, []
     for split, transform in zip(splits, (train_transform, test_transform), strict=True):
         images, labels = (part[: size if args.smoke else None].to(args.device) for part in split)
-        loaders.append(Loader(images, labels, transform, size, shuffle=not loaders))
+        loaders.append(Loader(images, labels, transform, size, shuffle=not loaders))  # train first
     return loaders
 
 
@@ -286,7 +290,8 @@ def affine(images, angle, shear, scale, shift):
 
     Args:
         images (Tensor): float32 B×C×H×H.
-        angle (Tensor), shear (Tensor): B, degrees; positive angles turn clockwise.
+        angle (Tensor), shear (Tensor): B, degrees; positive angles turn clockwise, positive
+            shears move the upper part to the right.
         scale (Tensor): B, factors.
         shift (Tensor): B×2, (right, down) in parts of the image's side.
 
@@ -295,7 +300,7 @@ def affine(images, angle, shear, scale, shift):
     """
     angle, slope = torch.deg2rad(angle), torch.deg2rad(shear).tan()
     cos, sin = angle.cos() / scale, angle.sin() / scale
-    # grid_sample asks where each output pixel comes from: the inverse of scale * rotate * shear.
+    # grid_sample asks where an output pixel comes from: shear^-1 @ rotate^-1 / scale.
     inverse = torch.stack((cos - slope * sin, sin + slope * cos, -sin, cos), dim=1).view(-1, 2, 2)
     offset = -2 * inverse @ shift.unsqueeze(2)  # Bx2x1; a side is 2 long in grid_sample's units
     grid = F.affine_grid(torch.cat((inverse, offset), dim=2), images.shape, align_corners=False)
@@ -323,9 +328,9 @@ def prepare(model, args):
     model.to(args.device)
     if args.precision == "bf16":
         model.to(memory_format=torch.channels_last)
-    small = sum(p.numel() for p in model.parameters()) < 1_000_000
-    slow = args.no_compile or args.smoke or args.evaluate or args.device.type == "mps"
-    args.compile = small and not slow and can_compile(args.device)
+    large = sum(p.numel() for p in model.parameters()) > 1_000_000
+    avoid = args.no_compile or args.smoke or args.evaluate or args.device.type == "mps"
+    args.compile = not large and not avoid and can_compile(args.device)
     print(f"Settings: epochs {args.epochs}, batch size {args.batch_size}, seed {args.seed}, "
           f"{args.precision}, {'' if args.compile else 'not '}compiled")
     print_summary(model)
@@ -345,7 +350,8 @@ def print_summary(model):
 class EpochBar(tqdm):
     """A progress bar that reads the figures before it only when it is drawn.
 
-    So the loop never waits for the device. It moves in a terminal and is absent elsewhere.
+    Reading them waits for the device, which the loop does not. It moves in a terminal and is
+    absent elsewhere.
     """
 
     def __init__(self, figures, total):
@@ -368,6 +374,9 @@ def in_ascii():
 def train(model, loader, optimizer, args, scheduler=None, average=None):
     """Train for one epoch and print its line.
 
+    Loss and accuracy are measured on the way: on training images as they were augmented, with
+    dropout, by weights that still change. So a test at the end can give a better accuracy.
+
     Args:
         model (nn.Module): takes float32 B×1×28×28, gives log-probabilities B×10.
         loader (Loader): the training batches.
@@ -385,9 +394,10 @@ def train(model, loader, optimizer, args, scheduler=None, average=None):
     model.train()
     losses = torch.zeros(len(loader), device=args.device)
     correct = torch.zeros((), dtype=torch.int64, device=args.device)
-    batch, seen, start = -1, 0, time.perf_counter()
+    batch, seen, start = -1, 0, time.perf_counter()  # -1: the bar is drawn before a batch
 
     def figures():
+        """Return the figures of the bar, or raise if a loss is not finite; waits for the device."""
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
             raise FloatingPointError(f"batch {int(bad[0])}")
@@ -396,12 +406,12 @@ def train(model, loader, optimizer, args, scheduler=None, average=None):
 
     with EpochBar(figures, len(loader)) as bar:
         for batch, (images, labels) in enumerate(loader):
-            # Only full batches are compiled for; forward is the same network, not compiled.
+            # model(...) runs what was compiled, for full batches; model.forward(...) never does.
             forward = model if len(images) == args.batch_size else model.forward
             optimizer.zero_grad()
             with torch.autocast(args.device.type, torch.bfloat16, args.precision == "bf16"):
                 output = forward(images)
-                loss = F.nll_loss(output, labels)
+                loss = F.nll_loss(output, labels)  # of log-probabilities: the cross-entropy
             loss.backward()
             optimizer.step()
             if scheduler:
@@ -440,7 +450,7 @@ def test(model, loader):
 
 
 def evaluate(model, loader, weights):
-    """Test the weights in a file, the state_dict that a run left; exit with 1 if it is none."""
+    """Test the state_dict that a run left in a file; exit with 1 if it does not fit."""
     try:
         model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     except Exception as error:  # the two raise a dozen kinds
@@ -518,7 +528,7 @@ class Run:
             if kind is BrokenPipeError:  # nobody reads on: no reason to complain
                 sys.exit(128 + 13)
             sys.exit(f"{error.filename or 'standard output'}: {error.strerror}. {kept}")
-        if isinstance(error, (MemoryError, RuntimeError)) and "allocate memory" in str(error):
+        if kind is MemoryError or isinstance(error, RuntimeError) and "allocate" in str(error):
             sys.exit(f"Out of memory. Try a smaller --batch-size. {kept}")
 
     def path(self, suffix):
@@ -532,11 +542,12 @@ class Run:
 
         Args:
             model (nn.Module): the network that is trained.
-            optimizer (torch.optim.Optimizer): its first learning rate goes into the csv.
+            optimizer (torch.optim.Optimizer): its learning rate at the end of the epoch goes
+                into the csv.
             others: scheduler, average of weights; with an average, its weights are kept.
         """
         self.parts, self.optimizer = (model, optimizer, *others), optimizer
-        self.model = getattr(self.parts[-1], "module", model)
+        self.model = getattr(self.parts[-1], "module", model)  # an average is what is kept
         names = "step epochs batch_size seed device threads precision compile data"
         self.settings = {name: str(vars(self.args)[name]) for name in names.split()}
         on_cpu = self.args.device.type == "cpu"
@@ -619,12 +630,12 @@ class Run:
     def print_results(self):
         """Print the closing block of the log."""
         table = [[float(figure) for figure in row.split(",")] for row in self.rows]
-        train, test = [row[2] for row in table], [row[4] for row in table]
-        last = test[-5:]
+        trained, tested = [row[2] for row in table], [row[4] for row in table]
+        last = tested[-5:]
         print(f"Parameters: {sum(p.numel() for p in self.model.parameters()):,}")
-        print(f"Best Training Accuracy: {max(train):.2f} (Epoch {train.index(max(train))})")
-        print(f"Best Test Accuracy: {max(test):.2f} (Epoch {test.index(max(test))})")
-        print(f"Last Test Accuracy: {test[-1]:.2f} (Epoch {len(test) - 1})")
+        print(f"Best Training Accuracy: {max(trained):.2f} (Epoch {trained.index(max(trained))})")
+        print(f"Best Test Accuracy: {max(tested):.2f} (Epoch {tested.index(max(tested))})")
+        print(f"Last Test Accuracy: {tested[-1]:.2f} (Epoch {len(tested) - 1})")
         print(f"Last {len(last)} Epochs: mean {sum(last) / len(last):.2f}, lowest {min(last):.2f}")
 
 

@@ -9,15 +9,21 @@ Results
     99.21 %. (The documented run: 99.06 % and 99.16 %.)
 
 Analysis
-    Batch normalization keeps the scale of every layer's inputs steady: the first epoch ends at
-    a mean loss of 0.64, where step 2 was at 1.97. Dropout, of whole channels here, makes
-    training harder than testing, which is why the test accuracy lies above the training
-    accuracy. Global average pooling takes the mean of each channel over all 6x6 places, so a
-    1x1 convolution of 200 weights can do what took 4,900: the receptive field is 28 pixels
-    either way, the whole image. The training accuracy of 98.43 % says there is more to learn.
+    Batch normalization takes from each channel its mean over the batch and divides it by its
+    standard deviation, then applies a scale and a shift that are learned; in testing it uses
+    running averages of both. So the values keep their size from layer to layer, and the first
+    epoch has a mean loss of 0.64, where step 2 had 1.97.
+    Global average pooling (GAP) takes the mean of each channel over all 6x6 positions: it
+    counts that a feature is there, not where. The 7x7 had a weight for each of 49 positions,
+    4,900 in all; a 1x1 convolution of the means takes 200. The convolutions end at a receptive
+    field of 18, the pooling extends it to 28, the whole image. Narrower layers, with at most 20
+    channels where there were 32, save another 7,136; batch normalization adds 164.
+    Dropout makes training harder than testing, which is why the test accuracy is the higher
+    one. The training loss (0.052) lies above the test loss (0.023): it no longer overfits.
 
 Next
-    Step 4 trains on images that are never the same twice, and lowers the learning rate.
+    Step 4 trains on images that are never the same twice, with less dropout, and lets the
+    learning rate rise and then fall to almost nothing.
 """
 
 import sys
@@ -32,22 +38,22 @@ from common import Run, evaluate, get_loaders, parse_args, prepare, setup, test,
 EPOCHS = 15
 BATCH_SIZE = 128  # 469 batches an epoch
 LEARNING_RATE = 0.01  # the same for every batch
-MOMENTUM = 0.9  # each step is about the mean of the last ten gradients, times ten
-DROPOUT = 0.1  # part of the channels that training sets to zero
-MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1
+MOMENTUM = 0.9  # an update adds up about the last ten gradients
+DROPOUT = 0.1  # probability that training sets a channel to zero
+MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels in 0..1; one entry a channel
 
 train_transform = v2.Compose([
     v2.ToDtype(torch.float32, scale=True),  # 0..255 to 0..1
     v2.Normalize(MEAN, STD),
 ])
-test_transform = v2.Compose([
+test_transform = v2.Compose([  # its own: step 4 augments training images alone
     v2.ToDtype(torch.float32, scale=True),
     v2.Normalize(MEAN, STD),
 ])
 
 
 def block(in_channels, out_channels):
-    """Return a 3x3 convolution, its ReLU, batch normalization and dropout."""
+    """Return a 3x3 convolution, ReLU, batch normalization and dropout of whole channels."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, bias=False),
         nn.ReLU(),
@@ -59,8 +65,8 @@ def block(in_channels, out_channels):
 class Net(nn.Module):
     """Takes normalised images Nx1x28x28, returns log-probabilities Nx10.
 
-    Beside each line: its output, height x width x channels, and its receptive field (RF), the
-    pixels of the image, across, that one value of the output depends on.
+    Beside each layer: its output, height x width x channels, and its receptive field (RF): one
+    value of the output depends on RF x RF pixels of the image.
     """
 
     def __init__(self):
@@ -78,11 +84,12 @@ class Net(nn.Module):
         )
 
     def forward(self, images):
-        scores = self.layers(images).flatten(1)  # Nx10x1x1 to Nx10
-        return F.log_softmax(scores, dim=1)
+        logits = self.layers(images).flatten(1)  # Nx10x1x1 to Nx10
+        return F.log_softmax(logits, dim=1)
 
 
 def main(argv=None):
+    """Train and test, epoch by epoch; `run` keeps the log, the csv and the weights."""
     args = parse_args(argv, __doc__, EPOCHS, BATCH_SIZE)
     with Run(__file__, args) as run:
         setup(args)

@@ -2,8 +2,9 @@
 
     python results/fastpath.py [--workers 2]
 
-Three seeds each, on the held-out part of the training set (see results/search.py). Finished
-runs are skipped; results/fastpath/README.md tells all of them.
+Three seeds each, on the held-out part of the training set. The fast runs of step 4 are those
+that results/search.py made of the chosen recipe. Finished runs are skipped;
+results/fastpath/README.md tells all of them.
 """
 
 import argparse
@@ -19,6 +20,11 @@ PATHS = {"fast": [], "fp32-uncompiled": ["--fp32", "--no-compile"]}
 STEPS = {"step3": "step3_bn_gap.py", "step4": "step4_aug_lr.py"}
 
 
+def find_place(step, name, folder):
+    """Return the folder that holds the runs of a step with this arithmetic."""
+    return HERE / "search" / "chosen" if (step, name) == ("step4", "fast") else folder / name
+
+
 def make_report(folder):
     """Return the text of README.md; the second log line of a run says what it computed in."""
     lines = [
@@ -32,9 +38,10 @@ def make_report(folder):
     ]
     for step in STEPS:
         for name in PATHS:
-            runs = read_runs(step, folder / name, SEEDS) if (folder / name).exists() else {}
+            place = find_place(step, name, folder)
+            runs = read_runs(step, place, SEEDS) if place.exists() else {}
             if runs:
-                log = Path(folder, name, f"{step}-seed{min(runs)}.log").read_text(encoding="utf-8")
+                log = Path(place, f"{step}-seed{min(runs)}.log").read_text(encoding="utf-8")
                 arithmetic = ", ".join(log.splitlines()[1].split(", ")[-2:])
                 row = summarize(runs.values())
                 deviation = show_deviation(row)
@@ -49,7 +56,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     write_held_out()
     folder = HERE / "fastpath"
-    run_all([(step, seed, folder / name, [str(ROOT / script), "--data-dir", str(HELD_OUT), *flags])
+    run_all([(step, seed, find_place(step, name, folder),
+              [str(ROOT / script), "--data-dir", str(HELD_OUT), *flags])
              for seed in SEEDS for step, script in STEPS.items() for name, flags in PATHS.items()],
             args.workers)
     report = make_report(folder)

@@ -20,7 +20,6 @@ from torch import nn
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 - once it is known that there is no window
 from matplotlib.patches import Rectangle  # noqa: E402
-from matplotlib.transforms import ScaledTranslation  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -113,16 +112,15 @@ def draw_drilldown(args):
         mean, colour, marker = fmean(last), STYLES[step][0], STYLES[step][2]
         axis.errorbar(size, mean, [[mean - min(last)], [max(last) - mean]], color=colour,
                       marker=marker, markersize=8, capsize=4)
-        left = step in ("step1", "step3")  # on which side the words are; the other is free
-        aside = ScaledTranslation((1 if left else -1) * 0.16, 0, figure.dpi_scale_trans)
+        left = step in ("step1", "step3")  # on which side the words are
         axis.plot(size, DOCUMENTED[step], marker, markersize=8, markerfacecolor="none",
-                  color=colour, transform=axis.transData + aside)
+                  color=colour)
         words = f"step {step[-1]}\n{size:,} parameters\n{mean:.2f} (n = {len(last)})"
         axis.annotate(words, (size, mean), xytext=(-12 if left else 12, 0), va="center",
                       textcoords="offset points", ha="right" if left else "left")
     axis.plot([], [], "ko", markersize=8, label="last epoch: mean, lowest and highest of the seeds")
     axis.plot([], [], "ko", markersize=8, markerfacecolor="none",
-              label="beside it, documented: best epoch of one run")
+              label="documented: best epoch of one run")
     axis.legend(loc="lower right", frameon=False)
     axis.set_xscale("log")
     axis.set_xlim(1e3, 2e7)

@@ -76,13 +76,13 @@ def documented(module):
     """The documented recipe: SGD 0.01, StepLR(8, 0.1), its augmentation, nn.Dropout(0.03)."""
     def steps(optimizer, rate, total, **_):
         return LambdaLR(optimizer, lambda batch: 0.1 ** (15 * batch // total // 8))
-    constants(LEARNING_RATE=0.01, WEIGHT_DECAY=0.0, DROPOUT=0.03, AVERAGED=1,
+    constants(LEARNING_RATE=0.01, WEIGHT_DECAY=0.0, DROPOUT=0.03, EMA_BATCHES=1,
               OneCycleLR=steps)(module)
     optimizer(lambda parameters, nesterov, **others: optim.SGD(parameters, **others))(module)
     element_wise(module)
     module.train_transform = v2.Compose([
         v2.ToDtype(module.torch.float32, scale=True),
-        v2.ColorJitter(0.4, 0.4, 0.4),
+        v2.ColorJitter(0.4),
         common.RandomAffine(degrees=7, shear=10, scale=(0.8, 1.2), translate=0.1),
         common.RandomAffine(degrees=7, shear=0, scale=(1, 1), translate=0),
         v2.Normalize(module.MEAN, module.STD),
@@ -105,9 +105,9 @@ def both(*swaps):
 CANDIDATES = {  # name: (what differs from step 4 as it is, the swap)
     "chosen": ("nothing", lambda module: None),
     "documented": ("the documented recipe, all of it", documented),
-    "no-average": ("no average of weights", constants(AVERAGED=1)),
-    "average-1000": ("average of weights over 1000 batches", constants(AVERAGED=1000)),
-    "average-200": ("average of weights over 200 batches", constants(AVERAGED=200)),
+    "no-average": ("no average of weights", constants(EMA_BATCHES=1)),
+    "average-1000": ("average of weights over 1000 batches", constants(EMA_BATCHES=1000)),
+    "average-200": ("average of weights over 200 batches", constants(EMA_BATCHES=200)),
     "peak-0.2": ("peak 0.2", constants(LEARNING_RATE=0.2)),
     "peak-0.05": ("peak 0.05", constants(LEARNING_RATE=0.05)),
     "decay-0": ("no weight decay", constants(WEIGHT_DECAY=0.0)),

@@ -7,11 +7,14 @@ is compared runs a part of an epoch of step 4 (or of the step named) at batch si
 """
 
 import argparse
+import io
+import itertools
 import platform
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,13 +32,6 @@ import step3_bn_gap  # noqa: E402
 import step4_aug_lr  # noqa: E402
 
 
-def settings(*flags):
-    """Return the completed settings of a run that has these flags."""
-    args = common.parse_args(list(flags), __doc__, 15, 128)
-    common.setup(args)
-    return args
-
-
 def batches_of(loader):
     """Yield the batches of a loader for ever, epoch after epoch, full ones only."""
     while True:
@@ -44,41 +40,68 @@ def batches_of(loader):
                 yield images, labels
 
 
-class Suite:
-    """Training of one step as the suite does it; `data` and `net` switch its halves off."""
+class Part:
+    """The next few batches of an endless loader, as an epoch of its own."""
 
-    def __init__(self, step, *flags, data=True):
-        self.args = settings(*flags)
-        self.model = common.prepare(step.Net(), self.args).train()
+    def __init__(self, batches, size):
+        self.batches, self.size = batches, size
+
+    def __len__(self):
+        return self.size
+
+    def __iter__(self):
+        return itertools.islice(self.batches, self.size)
+
+
+class Suite:
+    """Training of one step by the suite's own loop, with all that its `main` puts there.
+
+    Args:
+        step (module): one of the four.
+        flags (str): of the command line.
+        change (Callable): makes something else of the subject before its first batch.
+    """
+
+    def __init__(self, step, *flags, change=lambda subject: None):
+        self.args = common.parse_args(list(flags), __doc__, 15, 128)
+        common.setup(self.args)
+        self.model = step.Net()
+        self.scheduler = self.average = None
+        settings = {"lr": step.LEARNING_RATE, "momentum": step.MOMENTUM}
+        if step is step4_aug_lr:
+            settings |= {"weight_decay": step.WEIGHT_DECAY, "nesterov": True}
+        self.optimizer = optim.SGD(self.model.parameters(), **settings)
+        change(self)
+        common.prepare(self.model, self.args)
+        if step is step4_aug_lr:
+            self.scheduler = step.OneCycleLR(self.optimizer, step.LEARNING_RATE, 15 * 469,
+                                             pct_start=step.WARM_UP, cycle_momentum=False)
+            self.average = step.AveragedModel(self.model, avg_fn=step.update_ema,
+                                              use_buffers=True)
         train_loader, _ = common.get_loaders(self.args, step.train_transform, step.test_transform)
         self.batches = batches_of(train_loader)
-        self.optimizer = optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
-        self.fixed = None if data else next(self.batches)
 
-    def step(self):
-        """Train on one batch."""
-        images, labels = self.fixed or next(self.batches)
-        self.optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, self.args.precision == "bf16"):
-            output = self.model(images)
-            loss = F.nll_loss(output, labels)
-        loss.backward()
-        self.optimizer.step()
-        return (output.argmax(dim=1) == labels).sum(), loss.detach()
+    def run(self, size):
+        """Train on so many batches."""
+        with redirect_stdout(io.StringIO()):
+            common.train(self.model, Part(self.batches, size), self.optimizer, self.args,
+                         self.scheduler, self.average)
 
 
 class DataAlone:
     """The batches of step 4, transformed, and nothing done with them."""
 
     def __init__(self):
-        args = settings()
+        args = common.parse_args([], __doc__, 15, 128)
+        common.setup(args)
         train_loader, _ = common.get_loaders(
             args, step4_aug_lr.train_transform, step4_aug_lr.test_transform)
         self.batches = batches_of(train_loader)
 
-    def step(self):
-        """Make one batch."""
-        return next(self.batches)
+    def run(self, size):
+        """Make so many batches."""
+        for _ in range(size):
+            next(self.batches)
 
 
 class ConvolutionsAlone:
@@ -101,12 +124,13 @@ class ConvolutionsAlone:
             gradient = output.detach().to(dtype=dtype, memory_format=layout)
             self.pairs.append((layer, images, gradient))
 
-    def step(self):
-        """Run every convolution forward and backward once."""
-        for layer, images, gradient in self.pairs:
-            images.grad = None
-            layer.zero_grad()
-            layer(images).backward(gradient)
+    def run(self, size):
+        """Run every convolution forward and backward so many times."""
+        for _ in range(size):
+            for layer, images, gradient in self.pairs:
+                images.grad = None
+                layer.zero_grad()
+                layer(images).backward(gradient)
 
 
 class Documented:
@@ -114,7 +138,7 @@ class Documented:
 
     def __init__(self, workers):
         transform = transforms.Compose([
-            transforms.ColorJitter(0.4, 0.4, 0.4, 0.4),
+            transforms.ColorJitter(0.4),
             transforms.RandomAffine(7, shear=10, translate=(0.1, 0.1), scale=(0.8, 1.2)),
             transforms.RandomRotation(7),
             transforms.ToTensor(),
@@ -126,34 +150,68 @@ class Documented:
             persistent_workers=workers > 0)
         self.batches = batches_of(loader)
         self.model = step4_aug_lr.Net()
-        for module in self.model.modules():
-            for name, child in module.named_children():
-                if isinstance(child, nn.Dropout2d):
-                    setattr(module, name, nn.Dropout(0.03))
+        drop_single_values(self)
         self.optimizer = optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
 
-    def step(self):
-        """Train on one batch."""
-        images, labels = next(self.batches)
-        self.optimizer.zero_grad()
-        output = self.model(images)
-        loss = F.nll_loss(output, labels)
-        loss.backward()
-        self.optimizer.step()
-        return (output.argmax(dim=1) == labels).sum().item(), loss.item()
+    def run(self, size):
+        """Train on so many batches, with the figures of the bar read at each."""
+        for images, labels in itertools.islice(self.batches, size):
+            self.optimizer.zero_grad()
+            output = self.model(images)
+            loss = F.nll_loss(output, labels)
+            loss.backward()
+            self.optimizer.step()
+            (output.argmax(dim=1) == labels).sum().item(), loss.item()
+
+
+def drop_single_values(subject):
+    """Put nn.Dropout in the place of nn.Dropout2d."""
+    for module in subject.model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.Dropout2d):
+                setattr(module, name, nn.Dropout(child.p))
+
+
+def use_the_other_precision(subject):
+    """Compute in bf16 where the run chose fp32, and the other way round."""
+    subject.args.precision = {"fp32": "bf16", "bf16": "fp32"}[subject.args.precision]
+
+
+def use_channels_last(subject):
+    """Lay out weights and images with the channels last."""
+    subject.model.to(memory_format=torch.channels_last)
+
+
+def compile_anyway(subject):
+    """Compile a network that the run does not compile."""
+    subject.model.compile(dynamic=False)
+
+
+def fuse_the_optimizer(subject):
+    """Take the optimizer's one-kernel implementation."""
+    subject.optimizer = optim.SGD(subject.model.parameters(), **subject.optimizer.defaults
+                                  | {"fused": True, "foreach": False})
+
+
+TRIED = [  # what did not help: words, step, change
+    ("the other precision", step1_setup, use_the_other_precision),
+    ("the other precision", step4_aug_lr, use_the_other_precision),
+    ("torch.compile", step1_setup, compile_anyway),
+    ("channels-last", step4_aug_lr, use_channels_last),
+    ("nn.Dropout, not nn.Dropout2d", step4_aug_lr, drop_single_values),
+    ("SGD with fused=True", step4_aug_lr, fuse_the_optimizer),
+]
 
 
 def alternate(first, second, batches, rounds):
     """Time both in turn; return the milliseconds a batch of each round, of each."""
     times = ([], [])
     for subject in (first, second):  # compile, fill queues and caches
-        for _ in range(max(2, batches // 4)):
-            subject.step()
+        subject.run(max(2, batches // 4))
     for _ in range(rounds):
         for subject, taken in zip((first, second), times, strict=True):
             start = time.perf_counter()
-            for _ in range(batches):
-                subject.step()
+            subject.run(batches)
             taken.append(1000 * (time.perf_counter() - start) / batches)
     return times
 
@@ -200,16 +258,23 @@ def main():
     floor = ConvolutionsAlone(step4_aug_lr, fast.args.precision)
     lines.append(row("(3) the step against its convolutions alone",
                      *alternate(fast, floor, size, rounds), "at most 1.3"))
+    few = max(2, size // 20)  # batches of step 1, which takes twenty times as long
     for step, target in ((step1_setup, "at least 2"), (step2_skeleton, ""), (step3_bn_gap, "")):
-        part = max(2, size // 20) if step is step1_setup else size
         pair = Suite(step, "--fp32", "--no-compile"), Suite(step)
         lines.append(row(f"(4) {step.__name__}: fp32 uncompiled against the fast path",
-                         *alternate(*pair, part, rounds), target))
+                         *alternate(*pair, few if step is step1_setup else size, rounds), target))
     alone = peak_memory("import torch, torchvision")
     whole = peak_memory("import step4_aug_lr, tempfile\nwith tempfile.TemporaryDirectory() as out:"
                         "\n    step4_aug_lr.main(['--epochs', '1', '--out', out])")
     lines.append(f"| (5) peak memory in MB: step 4, importing torch alone | {whole:.0f} | "
                  f"{alone:.0f} | {whole / alone:.2f} | first at most 1500 |")
+    lines += ["", "Tried, and not taken; below 1 where it is slower than what stands in the suite:",
+              "", "| what | the suite, ms a batch | with it, ms a batch | first / second | |",
+              "|---|---|---|---|---|"]
+    for words, step, change in TRIED:
+        pair = Suite(step), Suite(step, change=change)
+        lines.append(row(f"{step.__name__}: {words}",
+                         *alternate(*pair, few if step is step1_setup else size, rounds)))
     cpu = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
     text = "\n".join([
         f"{cpu}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "

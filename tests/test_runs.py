@@ -455,6 +455,19 @@ def test_divergence_later_leaves_the_last_good_checkpoint(arguments, tmp_path, m
     assert_same_run(tmp_path / "out" / "step2-seed1", tmp_path / "peace" / "step2-seed1")
 
 
+@pytest.mark.parametrize("error", [
+    MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+])
+def test_out_of_memory(error, arguments, monkeypatch):
+    def train(*_):
+        raise error
+
+    monkeypatch.setattr(STEPS["step4"], "train", train)
+    assert "--batch-size" in refusal("step4", arguments())
+
+
 # ----------------------------------------------------------------------- odd surroundings
 
 
