@@ -19,7 +19,7 @@ from table import read_runs, show_deviation, summarize
 from torch import nn, optim
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from torchvision.transforms import v2
-from variants import HERE, ROOT, constants, run_all
+from variants import HERE, ROOT, averaged_over, constants, run_all
 
 import common  # variants has put the root on the path
 
@@ -76,8 +76,8 @@ def documented(module):
     """The documented recipe: SGD 0.01, StepLR(8, 0.1), its augmentation, nn.Dropout(0.03)."""
     def steps(optimizer, rate, total, **_):
         return LambdaLR(optimizer, lambda batch: 0.1 ** (15 * batch // total // 8))
-    constants(LEARNING_RATE=0.01, WEIGHT_DECAY=0.0, DROPOUT=0.03, EMA_BATCHES=1,
-              OneCycleLR=steps)(module)
+    constants(LEARNING_RATE=0.01, WEIGHT_DECAY=0.0, DROPOUT=0.03, OneCycleLR=steps)(module)
+    averaged_over(1)(module)
     optimizer(lambda parameters, nesterov, **others: optim.SGD(parameters, **others))(module)
     element_wise(module)
     module.train_transform = v2.Compose([
@@ -105,9 +105,9 @@ def both(*swaps):
 CANDIDATES = {  # name: (what differs from step 4 as it is, the swap)
     "chosen": ("nothing", lambda module: None),
     "documented": ("the documented recipe, all of it", documented),
-    "no-average": ("no average of weights", constants(EMA_BATCHES=1)),
-    "average-1000": ("average of weights over 1000 batches", constants(EMA_BATCHES=1000)),
-    "average-200": ("average of weights over 200 batches", constants(EMA_BATCHES=200)),
+    "no-average": ("no average of weights", averaged_over(1)),
+    "average-500": ("average of weights over 500 batches at most", averaged_over(500)),
+    "average-200": ("average of weights over 200 batches at most", averaged_over(200)),
     "peak-0.2": ("peak 0.2", constants(LEARNING_RATE=0.2)),
     "peak-0.05": ("peak 0.05", constants(LEARNING_RATE=0.05)),
     "decay-0": ("no weight decay", constants(WEIGHT_DECAY=0.0)),
@@ -124,6 +124,8 @@ CANDIDATES = {  # name: (what differs from step 4 as it is, the swap)
         degrees=7, shear=10, scale=(0.8, 1.2), translate=0.1)),
     "milder-affine": ("8°, shear 4, 0.93 to 1.07, shift 0.06", affine(
         degrees=8, shear=4, scale=(0.93, 1.07), translate=0.06)),
+    "mildest-affine": ("6°, shear 3, 0.95 to 1.05, shift 0.05", affine(
+        degrees=6, shear=3, scale=(0.95, 1.05), translate=0.05)),
     "more-shear": ("10°, shear 10, 0.9 to 1.1, shift 0.08", affine(shear=10)),
     "linear": ("linear anneal", constants(OneCycleLR=partial(
         OneCycleLR, anneal_strategy="linear"))),

@@ -76,6 +76,13 @@ def constant_rate(rate):
     return constants(LEARNING_RATE=rate, OneCycleLR=steady)
 
 
+def averaged_over(most):
+    """Return a swap: an average of weights that reaches back so many batches at most."""
+    def move_average(average, weights, batches):
+        return average + (weights - average) / min(most, 1 + batches / 10)
+    return constants(move_average=move_average)
+
+
 VARIANTS = {  # name: (step, what it is called in the table, the swap)
     "step3-no-batch-norm": ("step3", "no batch normalization", new_layers(without_batch_norm)),
     "step3-no-dropout": ("step3", "no dropout", constants(DROPOUT=0.0)),
@@ -83,7 +90,7 @@ VARIANTS = {  # name: (step, what it is called in the table, the swap)
     "step4-no-augmentation": ("step4", "no augmentation", without_augmentation),
     "step4-no-schedule": ("step4", "no schedule: 0.01 as in step 3", constant_rate(0.01)),
     "step4-no-schedule-0.1": ("step4", "no schedule: 0.1, its peak", constant_rate(0.1)),
-    "step4-no-average": ("step4", "no average of weights", constants(EMA_BATCHES=1)),
+    "step4-no-average": ("step4", "no average of weights", averaged_over(1)),
     "step4-dropout-0.1": ("step4", "dropout 0.1", constants(DROPOUT=0.1)),
     "step4-one-1x1": ("step4", "one 1x1 20 to 10, no second", new_layers(convolution(1))),
 }

@@ -103,6 +103,26 @@ def test_readme_names_the_flags(capsys):
     assert flags <= set(re.findall(r"--[a-z0-9-]+", README))
 
 
+def test_table_of_the_final_model():
+    """Shapes and fields are those of the comments in step 4, and every sum in it comes out."""
+    comments = re.findall(r"# (\d+x\d+x\d+) \| RF (\d+)$", SCRIPTS["step4"].read_text(), re.M)
+    [table] = re.findall(r"^\| input \|.*?\n((?:\|.*\n)+)", README, re.M)
+    field, jump, counted = 1, 1, 0
+    for line, (shape, expected) in zip(table.splitlines(), comments, strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        name, output, parameters, kernel, told_jump, sum_ = cells
+        assert output == shape
+        if told_jump:
+            assert int(told_jump) == jump
+        if "=" in sum_:
+            assert sum_.startswith(f"{field} + {int(kernel) - 1}·{jump} = "), line
+            field += (int(kernel) - 1) * jump
+        assert sum_.split()[-1] == str(field) == expected, line
+        jump *= 2 if name == "max-pool 2" else 1
+        counted += sum(int(part.replace(",", "")) for part in parameters.split("+") if part)
+    assert counted == 9538
+
+
 def test_readme_is_short():
     assert len(README.splitlines()) <= 155
 

@@ -275,7 +275,7 @@ def test_signal_ends_within_two_batches(number, out, arguments, monkeypatch, cap
 
 def test_signals_end_real_processes(arguments, tmp_path):
     numbers = signal.SIGINT, signal.SIGTERM
-    runs = [start(command("step4", *arguments("--epochs", 10**6, "--seed", number)))
+    runs = [start(command("step4", *arguments("--epochs", 10**6, "--seed", int(number))))
             for number in numbers]
     for number, run in zip(numbers, runs, strict=True):
         assert any(line == b"EPOCH: 1\n" for line in run.stdout)
