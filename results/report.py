@@ -16,6 +16,7 @@ TITLES = {
 REPORTS = {
     "search/README.md": "the search for the recipe of step 4, on held-out data",
     "fastpath/README.md": "whether the fast path costs accuracy",
+    "gap.md": "the generalization gap: weights tested on training images too",
     "variants/README.md": "what each ingredient of steps 3 and 4 is worth",
     "times/README.md": "accuracy against training time",
     "bench.md": "speed, in ratios taken side by side",

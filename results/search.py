@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from table import read_runs, show_deviation, summarize
 from torch import nn, optim
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 from variants import HERE, ROOT, averaged_over, constants, run_all
 
@@ -72,6 +73,13 @@ def polynomial(optimizer, peak, total, pct_start, power=2, **_):
     return LambdaLR(optimizer, factor)
 
 
+def ema(decay):
+    """Return a swap: the exponential moving average of weights that PyTorch has."""
+    def average(model, avg_fn, **others):
+        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), **others)
+    return constants(AveragedModel=average)
+
+
 def documented(module):
     """The documented recipe: SGD 0.01, StepLR(8, 0.1), its augmentation, nn.Dropout(0.03)."""
     def steps(optimizer, rate, total, **_):
@@ -107,6 +115,7 @@ CANDIDATES = {  # name: (what differs from step 4 as it is, the swap)
     "documented": ("the documented recipe, all of it", documented),
     "no-average": ("no average of weights", averaged_over(1)),
     "average-500": ("average of weights over 500 batches at most", averaged_over(500)),
+    "ema-0.99": ("EMA of weights with decay 0.99", ema(0.99)),
     "average-200": ("average of weights over 200 batches at most", averaged_over(200)),
     "peak-0.2": ("peak 0.2", constants(LEARNING_RATE=0.2)),
     "peak-0.05": ("peak 0.05", constants(LEARNING_RATE=0.05)),
