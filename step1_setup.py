@@ -13,8 +13,10 @@ Analysis
     The network overfits: training goes on to improve, testing does not. After epoch 5 the
     training loss falls to a sixth (0.0147 to 0.0025) while the test loss rises (0.0268 to
     0.0324) and the test accuracy stays near 99.2 %: as many mistakes as before, made with more
-    confidence (results/curves.png). It has the room for it, 106 weights for every one of the
-    60,000 images. Two convolutions, 256 to 512 and 512 to 1024 channels, hold 92 % of them.
+    confidence (results/curves.png). At the end it knows 99.96 % of its training images, 0.75
+    percentage points more than of the test images (results/gap.md). It has the room for it, 106
+    weights for every one of the 60,000 images. Two convolutions, 256 to 512 and 512 to 1024
+    channels, hold 92 % of them.
     Each 3x3 convolution lets the receptive field grow by 2 pixels, by 4 after the first
     max-pool and by 8 after the second, for each pool doubles the distance between neighbouring
     values. It ends at 40 pixels, on an image of 28: the rest is padding.

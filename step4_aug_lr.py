@@ -11,8 +11,9 @@ Results
 Analysis
     Every epoch shows every digit rotated, sheared, scaled and shifted by other random amounts,
     so there is nothing to memorize. Training accuracy is counted on these harder images, with
-    dropout, while the weights still change; testing on plain images without dropout. That is
-    why it stays below the test accuracy.
+    dropout, while the weights still change, and so stays below the test accuracy. Tested alike,
+    training images are 0.06 points ahead of test images, in step 3 it was 0.14
+    (results/gap.md).
     The learning rate rises from 0.004 to 0.1, ten times that of step 3, and falls to almost
     nothing. Large steps get far; in the last five epochs the shrinking ones settle, and the
     training loss falls once more, from 0.046 to 0.031.
@@ -44,7 +45,7 @@ MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels in 0..1; one entry a 
 
 train_transform = v2.Compose([
     v2.ToDtype(torch.float32, scale=True),  # 0..255 to 0..1
-    RandomAffine(degrees=10, shear=5, scale=(0.9, 1.1), translate=0.08),
+    RandomAffine(degrees=8, shear=4, scale=(0.93, 1.07), translate=0.06),
     v2.Normalize(MEAN, STD),
 ])
 test_transform = v2.Compose([  # its own: step 4 augments training images alone
@@ -54,7 +55,11 @@ test_transform = v2.Compose([  # its own: step 4 augments training images alone
 
 
 def block(in_channels, out_channels):
-    """Return a 3x3 convolution, ReLU, batch normalization and dropout of whole channels."""
+    """Return a 3x3 convolution, ReLU, batch normalization and dropout of whole channels.
+
+    nn.Dropout, of single values, is as accurate within 0.05 and takes twice the time
+    (results/search, results/bench.md).
+    """
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, bias=False),
         nn.ReLU(),

@@ -3,7 +3,7 @@
     python results/fastpath.py [--workers 2]
 
 Three seeds each, on the held-out part of the training set. The fast runs of step 4 are those
-that results/search.py made of the chosen recipe. Finished runs are skipped;
+that results/search.py made of the recipe that was taken. Finished runs are skipped;
 results/fastpath/README.md tells all of them.
 """
 
@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from search import HELD_OUT, write_held_out
+from search import HELD_OUT, TAKEN, write_held_out
 from table import read_runs, show_deviation, summarize
 from variants import HERE, ROOT, run_all
 
@@ -22,7 +22,7 @@ STEPS = {"step3": "step3_bn_gap.py", "step4": "step4_aug_lr.py"}
 
 def find_place(step, name, folder):
     """Return the folder that holds the runs of a step with this arithmetic."""
-    return HERE / "search" / "chosen" if (step, name) == ("step4", "fast") else folder / name
+    return HERE / "search" / TAKEN if (step, name) == ("step4", "fast") else folder / name
 
 
 def make_report(folder):
