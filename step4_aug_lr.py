@@ -4,9 +4,11 @@ Target
     99.4 % and more in every one of the last epochs, still with fewer than 10,000 parameters.
 
 Results
-    One run, seed 1, of 15 epochs on two cores of an Intel Xeon with torch 2.14.1 in fp32:
-    9,538 parameters; best training accuracy 99.09 %, best test accuracy 99.56 %, last epoch
-    99.55 %, the last five all at 99.51 % and more. (The documented run: 98.49 % and 99.52 %.)
+    10 runs, seeds 1 to 10, of 15 epochs on two cores of an Intel Xeon with torch 2.14.1 in
+    fp32: 9,538 parameters; last epoch 99.53 ± 0.04 % (mean and standard deviation), best test
+    accuracy 99.62 %, best training accuracy 99.21 %. Of the last five epochs of all runs the
+    mean is 99.53 %, the lowest 99.44 %. (The documented run, best epochs: test 99.52 %,
+    training 98.49 %.)
 
 Analysis
     Every epoch shows every digit rotated, sheared, scaled and shifted by other random amounts,
@@ -15,8 +17,9 @@ Analysis
     training images are 0.06 points ahead of test images, in step 3 it was 0.14
     (results/gap.md).
     The learning rate rises from 0.004 to 0.1, ten times that of step 3, and falls to almost
-    nothing. Large steps get far; in the last five epochs the shrinking ones settle, and the
-    training loss falls once more, from 0.046 to 0.031.
+    nothing. Large steps get far: at epoch 5, with the rate at 0.08, the test accuracy of the
+    ten runs has a mean of 99.40 %. The shrinking ones settle: it rises to 99.50 % at epoch 9 and
+    99.53 % at the end, where the training loss has fallen once more, from 0.042 to 0.028.
     What is tested and kept is a moving average of the weights, over about an epoch and a half
     in the end: it evens out what single batches did.
     The second 1x1 convolution is that of the documented network. Without a ReLU between them

@@ -31,6 +31,8 @@ def known_figures():
             row = table.summarize(runs.values())
             known |= {f"{row[key]:.2f}" for key in ("mean", "last_five", "lowest", "best")}
             known.add(f"{fmean(run['train_accuracy'][-1] for run in runs.values()):.2f}")
+            epochs = zip(*(run["test_accuracy"] for run in runs.values()), strict=True)
+            known |= {f"{fmean(epoch):.2f}" for epoch in epochs}
     for report in RESULTS.rglob("*.md"):
         if report.parent != RESULTS or report.name in ("bench.md", "gap.md"):
             numbers = re.findall(r"\d+\.\d+", report.read_text(encoding="utf-8"))
