@@ -98,14 +98,16 @@ class Net(nn.Module):
         return F.log_softmax(logits, dim=1)
 
 
-def move_average(average, weights, batches):
-    """Return the moving average of the weights after one more batch.
+def move_average(averages, weights, batches):
+    """Let the average of each tensor take in its weights after one more batch.
 
     It reaches back over about a tenth of all batches so far: the start is soon forgotten.
     Source: Shamir and Zhang, Stochastic Gradient Descent for Non-smooth Optimization (2013),
     "polynomial-decay averaging".
     """
-    return average + (weights - average) / (1 + batches / 10)
+    reach = 1 + batches / 10
+    for average, current in zip(averages, weights, strict=True):
+        average.copy_(average + (current - average) / reach)
 
 
 def main(argv=None):
@@ -121,7 +123,7 @@ def main(argv=None):
                               weight_decay=WEIGHT_DECAY, nesterov=True)
         scheduler = OneCycleLR(optimizer, LEARNING_RATE, args.epochs * len(train_loader),
                                pct_start=WARM_UP, cycle_momentum=False)
-        average = AveragedModel(model, avg_fn=move_average, use_buffers=True)
+        average = AveragedModel(model, multi_avg_fn=move_average, use_buffers=True)
         for epoch in run.epochs(model, optimizer, scheduler, average):
             print(f"EPOCH: {epoch}")
             train_loss, train_accuracy, seconds = train(

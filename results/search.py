@@ -82,7 +82,7 @@ def polynomial(optimizer, peak, total, pct_start, power=2, **_):
 
 def ema(decay):
     """Return a swap: the exponential moving average of weights that PyTorch has."""
-    def average(model, avg_fn, **others):
+    def average(model, multi_avg_fn, **others):
         return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), **others)
     return constants(AveragedModel=average)
 

@@ -78,8 +78,10 @@ def constant_rate(rate):
 
 def averaged_over(most):
     """Return a swap: an average of weights that reaches back so many batches at most."""
-    def move_average(average, weights, batches):
-        return average + (weights - average) / min(most, 1 + batches / 10)
+    def move_average(averages, weights, batches):
+        reach = min(most, 1 + batches / 10)
+        for average, current in zip(averages, weights, strict=True):
+            average.copy_(average + (current - average) / reach)
     return constants(move_average=move_average)
 
 

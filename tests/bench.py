@@ -76,7 +76,7 @@ class Suite:
         if step is step4_aug_lr:
             self.scheduler = step.OneCycleLR(self.optimizer, step.LEARNING_RATE, 15 * 469,
                                              pct_start=step.WARM_UP, cycle_momentum=False)
-            self.average = step.AveragedModel(self.model, avg_fn=step.move_average,
+            self.average = step.AveragedModel(self.model, multi_avg_fn=step.move_average,
                                               use_buffers=True)
         train_loader, _ = common.get_loaders(self.args, step.train_transform, step.test_transform)
         self.batches = batches_of(train_loader)
