@@ -4,9 +4,10 @@ Target
     Fewer than 10,000 parameters and a better test accuracy.
 
 Results
-    One run, seed 1, of 15 epochs on two cores of an Intel Xeon with torch 2.14.1 in fp32: 9,078
-    parameters; last epoch 99.21 %, best test accuracy 99.22 %, best training accuracy 98.43 %.
-    (The documented run, best epochs: test 99.16 %, training 99.06 %.)
+    5 runs, seeds 1 to 5, of 15 epochs on two cores of an Intel Xeon with torch 2.14.1 in fp32:
+    9,078 parameters; last epoch 99.24 ± 0.10 % (mean and standard deviation), best test
+    accuracy 99.36 %, best training accuracy 98.60 %. (The documented run, best epochs: test
+    99.16 %, training 99.06 %.)
 
 Analysis
     Batch normalization takes from each channel its mean over the batch and divides it by its
