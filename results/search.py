@@ -17,11 +17,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from table import read_runs, show_deviation, summarize
-from torch import nn, optim
+from torch import optim
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
-from variants import HERE, ROOT, averaged_over, constants, run_all
+from variants import (
+    HERE,
+    ROOT,
+    averaged_over,
+    constants,
+    drop_single_values,
+    new_net,
+    run_all,
+)
 
 import common  # variants has put the root on the path
 
@@ -94,7 +102,7 @@ def documented(module):
     constants(LEARNING_RATE=0.01, WEIGHT_DECAY=0.0, DROPOUT=0.03, OneCycleLR=steps)(module)
     averaged_over(1)(module)
     optimizer(lambda parameters, nesterov, **others: optim.SGD(parameters, **others))(module)
-    element_wise(module)
+    new_net(drop_single_values)(module)
     module.train_transform = v2.Compose([
         v2.ToDtype(module.torch.float32, scale=True),
         v2.ColorJitter(0.4),
@@ -102,11 +110,6 @@ def documented(module):
         common.RandomAffine(degrees=7, shear=0, scale=(1, 1), translate=0),
         v2.Normalize(module.MEAN, module.STD),
     ])
-
-
-def element_wise(module):
-    """Drop single values, not whole channels."""
-    module.nn = SimpleNamespace(**vars(nn) | {"Dropout2d": nn.Dropout})
 
 
 def both(*swaps):
@@ -136,7 +139,7 @@ CANDIDATES = {  # name: (what differs from the first recipe, the swap)
     "adamw": ("AdamW 0.01, decay 0.05", both(constants(LEARNING_RATE=0.01), optimizer(
         lambda parameters, lr, **_: optim.AdamW(parameters, lr, weight_decay=0.05)))),
     "no-dropout": ("no dropout", constants(DROPOUT=0.0)),
-    "dropout": ("nn.Dropout instead of nn.Dropout2d", element_wise),
+    "dropout": ("nn.Dropout instead of nn.Dropout2d", new_net(drop_single_values)),
     "wider-affine": ("the documented affine: 7°, shear 10, 0.8 to 1.2, shift 0.1", affine(
         degrees=7, shear=10, scale=(0.8, 1.2), translate=0.1)),
     "milder-affine": ("8°, shear 4, 0.93 to 1.07, shift 0.06", affine(

@@ -13,10 +13,10 @@ from pathlib import Path
 from statistics import fmean
 
 from table import BAR, read_runs, show_deviation, summarize
-from torch import nn, optim
+from torch import optim
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
-from variants import HERE, ROOT, run_all
+from variants import HERE, ROOT, drop_single_values, run_all
 
 import step4_aug_lr as step4  # variants has put the root on the path
 from common import Run, get_loaders, parse_args, prepare, setup, test, train
@@ -43,16 +43,6 @@ class OnDevice(DataLoader):
             yield images.to(self.device), labels.to(self.device)
 
 
-def documented_net():
-    """Return step 4's network with the documented dropout of 0.03 in every block."""
-    net = step4.Net()
-    for block in net.layers:
-        for name, layer in block.named_children():
-            if isinstance(layer, nn.Dropout2d):
-                setattr(block, name, nn.Dropout(0.03))
-    return net
-
-
 def train_documented(argv):
     """Train by the documented recipe, with the arguments and the outputs of step 4."""
     args = parse_args(["--fp32", "--no-compile", *argv], __doc__, epochs=15, batch_size=128)
@@ -63,7 +53,9 @@ def train_documented(argv):
         train_loader = OnDevice(dataset, args.batch_size, shuffle=True, num_workers=2,
                                 persistent_workers=True)
         train_loader.device = args.device
-        model = prepare(documented_net(), args)
+        net = step4.Net()  # with a dropout of 0.03, as documented
+        drop_single_values(net)
+        model = prepare(net, args)
         optimizer = optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         scheduler = optim.lr_scheduler.StepLR(optimizer, 8, 0.1)
         for epoch in run.epochs(model, optimizer, scheduler):

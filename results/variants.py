@@ -27,13 +27,13 @@ sys.path.insert(0, str(ROOT))
 SEEDS = (1, 2, 3)
 
 
-def new_layers(change):
-    """Return a swap: the step's Net, with what `change` makes of the list of its layers."""
+def new_net(change):
+    """Return a swap: the step's Net, after `change` was made to it."""
     def swap(module):
         class Net(module.Net):
             def __init__(self):
                 super().__init__()
-                self.layers = type(self.layers)(*change(list(self.layers)))
+                change(self)
         module.Net = Net
     return swap
 
@@ -48,19 +48,28 @@ def constants(**values):
     return swap
 
 
-def without_batch_norm(layers):
-    """Put nn.Identity in the place of the batch normalization of every block."""
-    for block in layers:
-        for name, layer in block.named_children():
-            if isinstance(layer, nn.BatchNorm2d):
-                setattr(block, name, nn.Identity())
-    return layers
+def replace(net, kind, make):
+    """Put make(layer) in the place of every layer of a kind."""
+    for module in list(net.modules()):
+        for name, layer in module.named_children():
+            if isinstance(layer, kind):
+                setattr(module, name, make(layer))
 
 
-def convolution(kernel_size):
+def drop_single_values(net):
+    """Put nn.Dropout in the place of nn.Dropout2d."""
+    replace(net, nn.Dropout2d, lambda layer: nn.Dropout(layer.p))
+
+
+def without_batch_norm(net):
+    """Leave out batch normalization."""
+    replace(net, nn.BatchNorm2d, lambda layer: nn.Identity())
+
+
+def end_in(kernel_size):
     """Return a change: one convolution, 20 to 10, in the place of the last two layers."""
-    def change(layers):
-        return [*layers[:-2], nn.Conv2d(20, 10, kernel_size, bias=False)]
+    def change(net):
+        net.layers = net.layers[:-2].append(nn.Conv2d(20, 10, kernel_size, bias=False))
     return change
 
 
@@ -86,15 +95,15 @@ def averaged_over(most):
 
 
 VARIANTS = {  # name: (step, what it is called in the table, the swap)
-    "step3-no-batch-norm": ("step3", "no batch normalization", new_layers(without_batch_norm)),
+    "step3-no-batch-norm": ("step3", "no batch normalization", new_net(without_batch_norm)),
     "step3-no-dropout": ("step3", "no dropout", constants(DROPOUT=0.0)),
-    "step3-no-gap": ("step3", "6x6 convolution, no GAP, no 1x1", new_layers(convolution(6))),
+    "step3-no-gap": ("step3", "6x6 convolution, no GAP, no 1x1", new_net(end_in(6))),
     "step4-no-augmentation": ("step4", "no augmentation", without_augmentation),
     "step4-no-schedule": ("step4", "no schedule: 0.01 as in step 3", constant_rate(0.01)),
     "step4-no-schedule-0.1": ("step4", "no schedule: 0.1, its peak", constant_rate(0.1)),
     "step4-no-average": ("step4", "no average of weights", averaged_over(1)),
     "step4-dropout-0.1": ("step4", "dropout 0.1", constants(DROPOUT=0.1)),
-    "step4-one-1x1": ("step4", "one 1x1 20 to 10, no second", new_layers(convolution(1))),
+    "step4-one-1x1": ("step4", "one 1x1 20 to 10, no second", new_net(end_in(1))),
 }
 
 

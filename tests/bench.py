@@ -18,12 +18,14 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
 import torch  # noqa: E402
+from times import documented_transform  # noqa: E402
 from torch import nn, optim  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
-from torchvision import datasets, transforms  # noqa: E402
+from torchvision import datasets  # noqa: E402
+from variants import drop_single_values  # noqa: E402
 
 import common  # noqa: E402
 import step1_setup  # noqa: E402
@@ -137,20 +139,13 @@ class Documented:
     """The documented recipe of step 4 as a user would write it."""
 
     def __init__(self, workers):
-        transform = transforms.Compose([
-            transforms.ColorJitter(0.4),
-            transforms.RandomAffine(7, shear=10, translate=(0.1, 0.1), scale=(0.8, 1.2)),
-            transforms.RandomRotation(7),
-            transforms.ToTensor(),
-            transforms.Normalize((0.1307,), (0.3081,)),
-        ])
-        data = datasets.MNIST(ROOT / "data", train=True, transform=transform)
+        data = datasets.MNIST(ROOT / "data", train=True, transform=documented_transform)
         loader = torch.utils.data.DataLoader(
             data, batch_size=128, shuffle=True, drop_last=True, num_workers=workers,
             persistent_workers=workers > 0)
         self.batches = batches_of(loader)
         self.model = step4_aug_lr.Net()
-        drop_single_values(self)
+        drop_single_values(self.model)
         self.optimizer = optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
 
     def run(self, size):
@@ -162,14 +157,6 @@ class Documented:
             loss.backward()
             self.optimizer.step()
             (output.argmax(dim=1) == labels).sum().item(), loss.item()
-
-
-def drop_single_values(subject):
-    """Put nn.Dropout in the place of nn.Dropout2d."""
-    for module in subject.model.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.Dropout2d):
-                setattr(module, name, nn.Dropout(child.p))
 
 
 def use_the_other_precision(subject):
@@ -198,7 +185,8 @@ TRIED = [  # what did not help: words, step, change
     ("the other precision", step4_aug_lr, use_the_other_precision),
     ("torch.compile", step1_setup, compile_anyway),
     ("channels-last", step4_aug_lr, use_channels_last),
-    ("nn.Dropout, not nn.Dropout2d", step4_aug_lr, drop_single_values),
+    ("nn.Dropout, not nn.Dropout2d", step4_aug_lr,
+     lambda subject: drop_single_values(subject.model)),
     ("SGD with fused=True", step4_aug_lr, fuse_the_optimizer),
 ]
 
@@ -258,11 +246,11 @@ def main():
     floor = ConvolutionsAlone(step4_aug_lr, fast.args.precision)
     lines.append(row("(3) the step against its convolutions alone",
                      *alternate(fast, floor, size, rounds), "at most 1.3"))
-    few = max(2, size // 20)  # batches of step 1, which takes twenty times as long
+    sizes = {step1_setup: max(2, size // 20)}  # one batch of it takes as long as twenty
     for step, target in ((step1_setup, "at least 2"), (step2_skeleton, ""), (step3_bn_gap, "")):
         pair = Suite(step, "--fp32", "--no-compile"), Suite(step)
         lines.append(row(f"(4) {step.__name__}: fp32 uncompiled against the fast path",
-                         *alternate(*pair, few if step is step1_setup else size, rounds), target))
+                         *alternate(*pair, sizes.get(step, size), rounds), target))
     alone = peak_memory("import torch, torchvision")
     whole = peak_memory("import step4_aug_lr, tempfile\nwith tempfile.TemporaryDirectory() as out:"
                         "\n    step4_aug_lr.main(['--epochs', '1', '--out', out])")
@@ -274,7 +262,7 @@ def main():
     for words, step, change in TRIED:
         pair = Suite(step), Suite(step, change=change)
         lines.append(row(f"{step.__name__}: {words}",
-                         *alternate(*pair, few if step is step1_setup else size, rounds)))
+                         *alternate(*pair, sizes.get(step, size), rounds)))
     cpu = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
     text = "\n".join([
         f"{cpu}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
