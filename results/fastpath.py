@@ -1,10 +1,11 @@
-"""Does the fast path cost accuracy? Steps 3 and 4, fp32 uncompiled beside what a run chooses.
+"""Does what makes a run fast cost accuracy? Steps 3 and 4, with it and without.
 
     python results/fastpath.py [--workers 2]
 
-Three seeds each, on the held-out part of the training set. The fast runs of step 4 are those
-that results/search.py made of the recipe that was taken. Finished runs are skipped;
-results/fastpath/README.md tells all of them.
+The arithmetic that the run chooses beside fp32 uncompiled, and in step 3 nn.Dropout2d beside
+nn.Dropout, which results/search.py compares for step 4. Three seeds each, on the held-out part
+of the training set. The fast runs of step 4 are those that results/search.py made of the recipe
+that was taken. Finished runs are skipped; results/fastpath/README.md tells all of them.
 """
 
 import argparse
@@ -13,53 +14,56 @@ from pathlib import Path
 
 from search import HELD_OUT, TAKEN, write_held_out
 from table import read_runs, show_deviation, summarize
-from variants import HERE, ROOT, run_all
+from variants import HERE, ROOT, drop_single_values, new_net, run_all
+
+import step3_bn_gap as step3  # variants has put the root on the path
 
 SEEDS = (1, 2, 3)
-PATHS = {"fast": [], "fp32-uncompiled": ["--fp32", "--no-compile"]}
-STEPS = {"step3": "step3_bn_gap.py", "step4": "step4_aug_lr.py"}
-
-
-def find_place(step, name, folder):
-    """Return the folder that holds the runs of a step with this arithmetic."""
-    return HERE / "search" / TAKEN if (step, name) == ("step4", "fast") else folder / name
+EAGER = ["--fp32", "--no-compile"]
+ROWS = [  # step, folder of the runs, what is dropped, command
+    ("step3", "fast", "channels", [str(ROOT / "step3_bn_gap.py")]),
+    ("step3", "fp32-uncompiled", "channels", [str(ROOT / "step3_bn_gap.py"), *EAGER]),
+    ("step3", "single-values", "single values", [__file__, "--single-values"]),
+    ("step4", f"../search/{TAKEN}", "channels", [str(ROOT / "step4_aug_lr.py")]),
+    ("step4", "fp32-uncompiled", "channels", [str(ROOT / "step4_aug_lr.py"), *EAGER]),
+]
 
 
 def make_report(folder):
     """Return the text of README.md; the second log line of a run says what it computed in."""
     lines = [
-        "# Does the fast path cost accuracy?",
+        "# Does what makes a run fast cost accuracy?",
         "",
         "Trained on the first 50,000 training images, judged on the other 10,000; 15 epochs, "
         "accuracy in per cent. Made by `results/fastpath.py`.",
         "",
-        "| step | arithmetic | runs | last epoch: mean | deviation | last five: mean |",
-        "|---|---|---|---|---|---|",
+        "| step | dropped | arithmetic | runs | last epoch: mean | deviation | last five: mean |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for step in STEPS:
-        for name in PATHS:
-            place = find_place(step, name, folder)
-            runs = read_runs(step, place, SEEDS) if place.exists() else {}
-            if runs:
-                log = Path(place, f"{step}-seed{min(runs)}.log").read_text(encoding="utf-8")
-                arithmetic = ", ".join(log.splitlines()[1].split(", ")[-2:])
-                row = summarize(runs.values())
-                deviation = show_deviation(row)
-                lines.append(f"| {step[-1]} | {arithmetic} | {row['runs']} | {row['mean']:.3f} | "
-                             f"{deviation} | {row['last_five']:.3f} |")
+    for step, name, dropped, _ in ROWS:
+        place = folder / name
+        runs = read_runs(step, place, SEEDS) if place.exists() else {}
+        if runs:
+            log = Path(place, f"{step}-seed{min(runs)}.log").read_text(encoding="utf-8")
+            arithmetic = ", ".join(log.splitlines()[1].split(", ")[-2:])
+            row = summarize(runs.values())
+            lines.append(f"| {step[-1]} | {dropped} | {arithmetic} | {row['runs']} | "
+                         f"{row['mean']:.3f} | {show_deviation(row)} | {row['last_five']:.3f} |")
     return "\n".join([*lines, ""])
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
-    args = parser.parse_args(argv)
+    parser.add_argument("--single-values", action="store_true", help=argparse.SUPPRESS)
+    args, rest = parser.parse_known_args(argv)
+    if args.single_values:
+        new_net(drop_single_values)(step3)
+        return step3.main(rest)
     write_held_out()
     folder = HERE / "fastpath"
-    run_all([(step, seed, find_place(step, name, folder),
-              [str(ROOT / script), "--data-dir", str(HELD_OUT), *flags])
-             for seed in SEEDS for step, script in STEPS.items() for name, flags in PATHS.items()],
-            args.workers)
+    run_all([(step, seed, folder / name, [*command, "--data-dir", str(HELD_OUT)])
+             for seed in SEEDS for step, name, _, command in ROWS], args.workers)
     report = make_report(folder)
     Path(folder, "README.md").write_text(report, encoding="utf-8")
     print(report)
