@@ -81,6 +81,32 @@ def test_docstring_says_what_the_runs_gave(name):
         row["runs"] == 1 and "seed 1" in words)
 
 
+def test_docstrings_tell_the_first_epochs():
+    """Steps 2 and 3 give the range of the first epoch's loss, and how many runs were stuck."""
+    ranges = []
+    for name in ("step2", "step3"):
+        losses = [run["train_loss"][0] for run in RUNS[name].values()]
+        ranges.append(f"{min(losses):.2f} to {max(losses):.2f}")
+    words = [" ".join(STEPS[name].__doc__.split()) for name in ("step2", "step3")]
+    assert ranges[0] in words[0]
+    assert f"{ranges[1]}, where step 2 had {ranges[0]}" in words[1]
+    stuck = {seed: sum(round(loss, 2) == 2.30 for loss in run["train_loss"])
+             for seed, run in RUNS["step2"].items()}
+    assert {seed: epochs for seed, epochs in stuck.items() if epochs} == {2: 3}
+    assert "one of the five runs (seed 2) sat there for three epochs" in words[0]
+
+
+def test_differences_in_percentage_points():
+    """Price of step 2 and gaps in the docstrings are those of the runs."""
+    gaps = dict(re.findall(r"^\| (\d) \|.* (\d\.\d\d) \|$", (RESULTS / "gap.md").read_text(), re.M))
+    means = [table.summarize(RUNS[name].values())["mean"] for name in ("step1", "step2")]
+    allowed = {*gaps.values(), f"{means[0] - means[1]:.2f}"}
+    for name, step in STEPS.items():
+        words = " ".join(step.__doc__.split())
+        assert gaps[name[-1]] in words
+        assert set(re.findall(r"(?<![\d.])(\d\.\d\d) (?:percentage )?points", words)) <= allowed
+
+
 @pytest.mark.parametrize("name", [
     pytest.param("step1", marks=pytest.mark.xfail(reason="its one run is an image short")),
     "step2", "step3", "step4",
