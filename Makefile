@@ -15,13 +15,13 @@ FOUR := step1_setup.py step2_skeleton.py step3_bn_gap.py step4_aug_lr.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup data step1 step2 step3 step4 all smoke seeds test kill fuzz diff lint \
-	bench verify gap report search fastpath variants times graphs evidence \
+	bench verify overfitting report search fastpath variants times graphs evidence \
 	results clean distclean FORCE
 
 help: ## Print this list
 	@echo 'Usage: make TARGET [ARGS="--epochs 1 --seed 2"] [PYTHON=python3.12]'
 	@sed -n 's/^\([a-z0-9]*\):.*## \(.*\)/  \1 \2/p' Makefile | \
-		awk '{ name = $$1; $$1 = ""; printf "  %-10s%s\n", name, $$0 }'
+		awk '{ name = $$1; $$1 = ""; printf "  %-12s%s\n", name, $$0 }'
 
 setup: $(READY) ## Make .venv and install requirements.txt
 
@@ -96,8 +96,8 @@ variants: $(READY) data ## Measure what each ingredient is worth (about two hour
 times: $(READY) data ## Measure accuracy against training time (about half an hour)
 	@$(PY) results/times.py
 
-gap: $(READY) data ## Test the weights of seed 1 on training images too
-	@$(PY) results/gap.py
+overfitting: $(READY) data ## Test the committed weights on training images too
+	@$(PY) results/overfitting.py
 
 report: $(READY) ## Write results/README.md from the runs in results/
 	@$(PY) results/report.py
@@ -112,7 +112,7 @@ evidence: $(READY) data ## Train every run behind the figures into results/ (man
 	@$(MAKE) --no-print-directory seeds STEP=2 SEEDS="1 2 3 4 5" OUT=results
 	@$(MAKE) --no-print-directory seeds STEP=1 SEEDS=1 OUT=results
 
-results: evidence search fastpath variants times gap bench graphs report ## Make everything in results/ anew
+results: evidence search fastpath variants times overfitting bench graphs report ## Make everything in results/ anew
 
 clean: ## Remove caches
 	rm -rf .pytest_cache .ruff_cache __pycache__ */__pycache__

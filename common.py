@@ -183,7 +183,7 @@ def read_idx(path, magic, item_shape):
 
     Args:
         path (Path): the file. Big-endian, four bytes each: a magic number, the number of
-            items, the sides of an item; then the items, a byte a value.
+            items, the sides of an item; then the items, one byte per value.
         magic (int): 2051 for images, 2049 for labels.
         item_shape (tuple[int, ...]): (28, 28) for images, () for labels.
 
@@ -212,7 +212,7 @@ def read_split(data_dir, prefix):
     raw = Path(data_dir, "MNIST", "raw")
     image_path, path = raw / f"{prefix}-images-idx3-ubyte", raw / f"{prefix}-labels-idx1-ubyte"
     images, labels = read_idx(image_path, 2051, (28, 28)), read_idx(path, 2049, ())
-    check(len(labels) == len(images), path, f"{len(images)} labels, one an image", len(labels))
+    check(len(labels) == len(images), path, f"{len(images)} labels, one per image", len(labels))
     wrong = (labels > 9).nonzero().flatten()[:1].tolist()
     check(not wrong, path, "labels 0 to 9", f"{labels[wrong].tolist()} at number {wrong}")
     return images.unsqueeze(1), labels.long()
@@ -278,9 +278,9 @@ class RandomAffine(nn.Module):
 
     def forward(self, images):
         """Take and return float32 B×1×H×H."""
-        angle, shear, scale, dx, dy = 2 * torch.rand(5, len(images), device=images.device) - 1
+        angle, shear, zoom, dx, dy = 2 * torch.rand(5, len(images), device=images.device) - 1
         low, high = self.scale
-        scale = (low + high) / 2 + scale * (high - low) / 2
+        scale = (low + high) / 2 + zoom * (high - low) / 2
         shift = torch.stack((dx, dy), dim=1) * self.translate
         return affine(images, angle * self.degrees, shear * self.shear, scale, shift)
 
@@ -300,7 +300,7 @@ def affine(images, angle, shear, scale, shift):
     """
     angle, slope = torch.deg2rad(angle), torch.deg2rad(shear).tan()
     cos, sin = angle.cos() / scale, angle.sin() / scale
-    # grid_sample asks where an output pixel comes from: shear^-1 @ rotate^-1 / scale.
+    # [[1, slope], [0, 1]] @ [[cos, sin], [-sin, cos]]: where an output pixel comes from
     inverse = torch.stack((cos - slope * sin, sin + slope * cos, -sin, cos), dim=1).view(-1, 2, 2)
     offset = -2 * inverse @ shift.unsqueeze(2)  # Bx2x1; a side is 2 long in grid_sample's units
     grid = F.affine_grid(torch.cat((inverse, offset), dim=2), images.shape, align_corners=False)
@@ -406,7 +406,7 @@ def train(model, loader, optimizer, args, scheduler=None, average=None):
 
     with EpochBar(figures, len(loader)) as bar:
         for batch, (images, labels) in enumerate(loader):
-            # model(...) runs what was compiled, for full batches; model.forward(...) never does.
+            # What was compiled is for full batches; model.forward is the same, not compiled.
             forward = model if len(images) == args.batch_size else model.forward
             optimizer.zero_grad()
             with torch.autocast(args.device.type, torch.bfloat16, args.precision == "bf16"):
@@ -425,14 +425,14 @@ def train(model, loader, optimizer, args, scheduler=None, average=None):
     prefix, n = figures(), len(loader)  # waits for the device: the seconds count all of its work
     seconds = time.perf_counter() - start
     print(tqdm.format_meter(n, n, seconds, prefix=prefix, bar_format=BAR_FORMAT, ascii=in_ascii()))
-    losses[-1] *= len(images) / args.batch_size  # the last batch may be shorter
-    mean_loss = losses.double().sum().item() * args.batch_size / seen
-    return mean_loss, 100 * correct.item() / seen, seconds
+    sizes = torch.full((n,), args.batch_size, dtype=torch.float64)
+    sizes[-1] = len(images)  # the last batch may be shorter
+    return (losses.cpu().double() @ sizes).item() / seen, 100 * correct.item() / seen, seconds
 
 
 @torch.inference_mode()
 def test(model, loader):
-    """Test in fp32, uncompiled, and print the test line.
+    """Test in fp32, uncompiled, so that the figure can be checked anywhere; print the test line.
 
     Returns:
         tuple[float, float]: mean loss, accuracy in per cent.

@@ -14,9 +14,9 @@ Analysis
     training loss falls to a sixth (0.0147 to 0.0025) while the test loss rises (0.0268 to
     0.0324) and the test accuracy stays near 99.2 %: as many mistakes as before, made with more
     confidence (results/curves.png). At the end it knows 99.96 % of its training images, 0.75
-    percentage points more than of the test images (results/gap.md). It has the room for it, 106
-    weights for every one of the 60,000 images. Two convolutions, 256 to 512 and 512 to 1024
-    channels, hold 92 % of them.
+    percentage points more than of the test images (results/overfitting.md). It has the room for
+    it, 106 weights for every one of the 60,000 images. Two convolutions, 256 to 512 and 512 to
+    1024 channels, hold 92 % of them.
     Each 3x3 convolution lets the receptive field grow by 2 pixels, by 4 after the first
     max-pool and by 8 after the second, for each pool doubles the distance between neighbouring
     values. It ends at 40 pixels, on an image of 28: the rest is padding.
@@ -38,13 +38,13 @@ EPOCHS = 15
 BATCH_SIZE = 128  # 469 batches an epoch
 LEARNING_RATE = 0.01  # the same for every batch
 MOMENTUM = 0.9  # an update adds up about the last ten gradients
-MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels in 0..1; one entry a channel
+MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels in 0..1; one value per channel
 
 train_transform = v2.Compose([
     v2.ToDtype(torch.float32, scale=True),  # 0..255 to 0..1
     v2.Normalize(MEAN, STD),
 ])
-test_transform = v2.Compose([  # its own: step 4 augments training images alone
+test_transform = v2.Compose([  # its own: step 4 augments only training images
     v2.ToDtype(torch.float32, scale=True),
     v2.Normalize(MEAN, STD),
 ])
@@ -88,13 +88,13 @@ def main(argv=None):
     """Train and test, epoch by epoch; `run` keeps the log, the csv and the weights."""
     args = parse_args(argv, __doc__, EPOCHS, BATCH_SIZE)
     with Run(__file__, args) as run:
-        setup(args)
+        setup(args)  # seeds, device, precision
         train_loader, test_loader = get_loaders(args, train_transform, test_transform)
-        model = prepare(Net(), args)
+        model = prepare(Net(), args)  # on the device, compiled where that pays
         if args.evaluate:
             return evaluate(model, test_loader, args.evaluate)
         optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
-        for epoch in run.epochs(model, optimizer):
+        for epoch in run.epochs(model, optimizer):  # --resume: those left
             print(f"EPOCH: {epoch}")
             train_loss, train_accuracy, seconds = train(model, train_loader, optimizer, args)
             test_loss, test_accuracy = test(model, test_loader)

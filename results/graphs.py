@@ -125,7 +125,8 @@ def draw_drilldown(args):
     axis.set_xscale("log")
     axis.set_xlim(1e3, 2e7)
     axis.margins(y=0.12)
-    axis.set_ylim(bottom=min(DOCUMENTED.values()) - 0.1)
+    lasts = [run["test_accuracy"][-1] for found in runs.values() for run in found]
+    axis.set_ylim(bottom=min([*DOCUMENTED.values(), *lasts]) - 0.1)
     axis.set_xlabel("parameters (log scale)")
     axis.set_ylabel("test accuracy, %")
     return figure

@@ -16,7 +16,7 @@ TITLES = {
 REPORTS = {
     "search/README.md": "the search for the recipe of step 4, on held-out data",
     "fastpath/README.md": "whether the fast path costs accuracy",
-    "gap.md": "the generalization gap: weights tested on training images too",
+    "overfitting.md": "how much each step overfits: weights tested on training images too",
     "variants/README.md": "what each ingredient of steps 3 and 4 is worth",
     "times/README.md": "accuracy against training time",
     "bench.md": "speed, in ratios taken side by side",
@@ -36,7 +36,7 @@ def main():
         "Each run left `stepN-seedS.log` (what it printed, with machine and versions in the "
         "first line), `.csv` (its history) and `.pt` (weights of the last epoch; step 1's are "
         "too large to keep here). `make verify` tests the weights. Accuracies are in per cent "
-        "of the 10,000 test images. The test set chose nothing.",
+        "of the 10,000 test images. The test set chose nothing but the best epochs.",
         "",
     ]
     lines += [f"- [{words}]({name})" for name, words in REPORTS.items() if (HERE / name).exists()]

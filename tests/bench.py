@@ -207,6 +207,9 @@ def alternate(first, second, batches, rounds):
 def row(what, first, second, target=""):
     """Return a row of the table: two medians and the ratio, pair by pair, with its range."""
     ratios = sorted(a / b for a, b in zip(first, second, strict=True))
+    if target:
+        limit, ratio = float(target.split()[-1]), statistics.median(ratios)
+        target += "" if (ratio >= limit) == target.startswith("at least") else ": missed"
     return (f"| {what} | {statistics.median(first):.2f} | {statistics.median(second):.2f} | "
             f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {target} |")
 
@@ -266,9 +269,11 @@ def main():
     cpu = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
     text = "\n".join([
         f"{cpu}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
-        f"torch {torch.__version__}; {rounds} rounds of {size} batches in turn, medians.",
-        f"The fast path here is {fast.args.precision}, "
-        f"{'compiled' if fast.args.compile else 'not compiled'}.", "", *lines, ""])
+        f"torch {torch.__version__}; {rounds} rounds of {size} batches in turn. Times are medians, "
+        "first / second is the median of the ratios of the rounds, with their range.",
+        f"The fast path, which a run chooses by itself, is here {fast.args.precision}, "
+        f"{'compiled' if fast.args.compile else 'not compiled'}; networks of the size of step 1 "
+        "are never compiled.", "", *lines, ""])
     print(text)
     if not quick:
         (ROOT / "results" / "bench.md").write_text(text)

@@ -244,6 +244,18 @@ def test_size_of_values_before_training():
     assert reached["step2"] < 0.005 < 0.05 < reached["step3"]
 
 
+def test_length_of_the_first_gradient():
+    """The docstring of step 2 tells it: that of step 1 is over ten times as long."""
+    for seed in (1, 2, 3):
+        lengths = []
+        for name in ("step1", "step2"):
+            torch.manual_seed(seed)
+            net, labels = STEPS[name].Net(), torch.randint(10, (64,))
+            nn.functional.nll_loss(net(torch.randn(64, 1, 28, 28)), labels).backward()
+            lengths.append(sum(p.grad.square().sum() for p in net.parameters()).sqrt())
+        assert lengths[0] > 10 * lengths[1]
+
+
 @pytest.mark.parametrize("first, second", [(1, 2), (2, 3), (3, 4)])
 def test_only_the_lesson_changes(first, second):
     """Outside docstrings at most 40 lines of a step differ from those of the step before."""

@@ -1,0 +1,71 @@
+"""How much each step overfits: its weights on training images, tested as test images are.
+
+    python results/overfitting.py [--folder results]
+
+The training accuracy in a log is counted while the weights change, with dropout and on augmented
+images. Here the last weights of every run are tested on both splits alike. Step 1's weights are
+not in the repository: its row is made where they are (a run leaves them in runs/).
+"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+from statistics import fmean, stdev
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+
+
+def test_both(module, weights, splits):
+    """Return [loss, accuracy, loss, accuracy] of a file of weights, on training and test images."""
+    net, found = module.Net(), []
+    net.load_state_dict(torch.load(weights, weights_only=True))
+    for images, labels in splits:
+        loader = common.Loader(images, labels, module.test_transform, 128, shuffle=False)
+        found += common.test(net, loader)
+    return found
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", nargs="+", type=Path, default=[HERE, ROOT / "runs"],
+                        help="where the weights are; the first that has them counts")
+    parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
+    args = parser.parse_args(argv)
+    splits = [common.read_split(args.data_dir, prefix) for prefix in ("train", "t10k")]
+    lines = [
+        "# How much each step overfits",
+        "",
+        "The last weights of every run, tested on plain images of both splits: no augmentation, no "
+        "dropout. Means over the runs, accuracy in per cent. Made by `results/overfitting.py`.",
+        "",
+        "| step | runs | training: loss | accuracy | test: loss | accuracy | training less test | "
+        "deviation |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for script in sorted(ROOT.glob("step*.py")):
+        step, module = script.stem.split("_")[0], importlib.import_module(script.stem)
+        files = {file.name: file for folder in reversed(args.folder)
+                 for file in folder.glob(f"{step}-seed*.pt") if "previous" not in file.name}
+        if not files:
+            print(f"step {step[-1]} is left out: no weights of it", file=sys.stderr)
+            continue
+        found = [test_both(module, file, splits) for file in files.values()]
+        differences = [row[1] - row[3] for row in found]
+        deviation = f"{stdev(differences):.2f}" if len(found) > 1 else ""
+        lines.append("| {} | {} | {:.4f} | {:.2f} | {:.4f} | {:.2f} | {:.2f} | {} |".format(
+            step[-1], len(found), *map(fmean, zip(*found, strict=True)), fmean(differences),
+            deviation))
+    text = "\n".join([*lines, ""])
+    (HERE / "overfitting.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
