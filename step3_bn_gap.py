@@ -62,8 +62,8 @@ test_transform = v2.Compose([  # its own: step 4 augments only training images
 def block(in_channels, out_channels):
     """Return a 3x3 convolution, ReLU, batch normalization and dropout of whole channels.
 
-    nn.Dropout, of single values, is as accurate within 0.05 and takes twice the time
-    (results/search, results/bench.md).
+    nn.Dropout, of single values, is hardly more accurate (results/search/README.md) and takes
+    twice the time (results/bench.md).
     """
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, bias=False),

@@ -60,8 +60,8 @@ test_transform = v2.Compose([  # its own: step 4 augments only training images
 def block(in_channels, out_channels):
     """Return a 3x3 convolution, ReLU, batch normalization and dropout of whole channels.
 
-    nn.Dropout, of single values, is as accurate within 0.05 and takes twice the time
-    (results/search, results/bench.md).
+    nn.Dropout, of single values, is hardly more accurate (results/search/README.md) and takes
+    twice the time (results/bench.md).
     """
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, bias=False),
@@ -102,7 +102,8 @@ def move_average(averages, weights, batches):
     """Move each average a little towards the weights; AveragedModel calls this after a batch.
 
     `batches` counts those so far. The average reaches back over about a tenth of them: the poor
-    weights of the start are soon forgotten.
+    weights of the start are soon forgotten. With use_buffers, the running means and variances of
+    batch normalization are averaged too.
     Source: Shamir and Zhang, Stochastic Gradient Descent for Non-smooth Optimization (2013),
     "polynomial-decay averaging".
     """
