@@ -101,6 +101,7 @@ VARIANTS = {  # name: (step, what it is called in the table, the swap)
     "step4-no-augmentation": ("step4", "no augmentation", without_augmentation),
     "step4-no-schedule": ("step4", "no schedule: 0.01 as in step 3", constant_rate(0.01)),
     "step4-no-schedule-0.1": ("step4", "no schedule: 0.1, its peak", constant_rate(0.1)),
+    "step4-no-decay": ("step4", "no weight decay", constants(WEIGHT_DECAY=0.0)),
     "step4-no-average": ("step4", "no average of weights", averaged_over(1)),
     "step4-dropout-0.1": ("step4", "dropout 0.1", constants(DROPOUT=0.1)),
     "step4-one-1x1": ("step4", "one 1x1 20 to 10, no second", new_net(end_in(1))),
