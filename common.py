@@ -30,7 +30,7 @@ from torchvision import datasets
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-warnings.filterwarnings("ignore", module="torch._weights_only")  # restore, evaluate report it
+warnings.filterwarnings("ignore", module="torch._weights_only")  # torch.load's; its callers report
 BAR_FORMAT = "{l_bar}{bar:10}{r_bar}"
 MNIST_SHA256 = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -82,7 +82,10 @@ def parse_args(argv, description, epochs, batch_size):
 
 
 def find_device(name):
-    """Return the torch.device called `name`; "auto" is the accelerator, else the CPU."""
+    """Return the torch.device called `name`, or exit with 1 where there is no such device.
+
+    "auto" is the accelerator that torch reports, else the CPU.
+    """
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
@@ -95,12 +98,13 @@ def find_device(name):
 def is_bf16_faster(device):
     """Tell whether `device` multiplies bf16 numbers faster than fp32 ones.
 
-    Intel's AVX-512 does so at half the rate of fp32, AMD's at twice; AMX is fast anywhere.
+    A CPU needs AMX for it, or AVX-512 if it is not Intel's: that of the Intel Xeon of
+    results/bench.md is slower in bf16 than in fp32.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "Intel" not in cpu["cpu_name"])
+    return bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16") and "Intel" not in cpu["cpu_name"])
 
 
 def can_compile(device):
@@ -113,7 +117,10 @@ def can_compile(device):
 
 
 def setup(args):
-    """Seed every random number, and complete `args.device` (torch.device) and `args.precision`."""
+    """Seed every random number, print the device, and complete `args`.
+
+    Sets `args.device` (torch.device), `args.precision` ("bf16" or "fp32") and `args.threads` (int).
+    """
     args.device = find_device(args.device)
     args.precision = "bf16" if not args.fp32 and is_bf16_faster(args.device) else "fp32"
     torch.manual_seed(args.seed)
@@ -434,6 +441,10 @@ def train(model, loader, optimizer, args, scheduler=None, average=None):
 def test(model, loader):
     """Test in fp32, uncompiled, so that the figure can be checked anywhere; print the test line.
 
+    Args:
+        model (nn.Module): takes float32 B×1×28×28, gives log-probabilities B×10.
+        loader (Loader): the test batches.
+
     Returns:
         tuple[float, float]: mean loss, accuracy in per cent.
     """
@@ -450,7 +461,10 @@ def test(model, loader):
 
 
 def evaluate(model, loader, weights):
-    """Test the state_dict that a run left in a file; exit with 1 if it does not fit."""
+    """Test `model` with the state_dict that a run left in the file `weights` (Path).
+
+    Prints the test line; exits with 1 if the file does not fit.
+    """
     try:
         model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     except Exception as error:  # the two raise a dozen kinds
@@ -565,7 +579,11 @@ class Run:
             self.write({".log": sys.stdout.text.encode()})
 
     def record(self, train_loss, train_accuracy, seconds, test_loss, test_accuracy):
-        """Keep the epoch that has just ended, so that no later accident can take it away."""
+        """Keep the epoch that has just ended, so that no later accident can take it away.
+
+        Losses are means per image, accuracies in per cent, seconds those of the training pass.
+        Raises FloatingPointError if the test loss is not finite.
+        """
         if not math.isfinite(test_loss):
             raise FloatingPointError("its last batch")
         rate = self.optimizer.param_groups[0]["lr"]

@@ -44,7 +44,7 @@ train_transform = v2.Compose([
     v2.ToDtype(torch.float32, scale=True),  # 0..255 to 0..1
     v2.Normalize(MEAN, STD),
 ])
-test_transform = v2.Compose([  # its own: step 4 augments only training images
+test_transform = v2.Compose([  # separate: step 4 augments training images only
     v2.ToDtype(torch.float32, scale=True),
     v2.Normalize(MEAN, STD),
 ])
@@ -59,7 +59,7 @@ def block(in_channels, out_channels, padding=0):
 
 
 class Net(nn.Module):
-    """Takes normalised images Nx1x28x28, returns log-probabilities Nx10.
+    """Takes normalized images Nx1x28x28, returns log-probabilities Nx10.
 
     Beside each layer: its output, height x width x channels, and its receptive field (RF): one
     value of the output depends on RF x RF pixels of the image.
@@ -94,7 +94,7 @@ def main(argv=None):
         if args.evaluate:
             return evaluate(model, test_loader, args.evaluate)
         optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
-        for epoch in run.epochs(model, optimizer):  # --resume: those left
+        for epoch in run.epochs(model, optimizer):  # --resume: only the rest
             print(f"EPOCH: {epoch}")
             train_loss, train_accuracy, seconds = train(model, train_loader, optimizer, args)
             test_loss, test_accuracy = test(model, test_loader)

@@ -51,7 +51,7 @@ train_transform = v2.Compose([
     RandomAffine(degrees=8, shear=4, scale=(0.93, 1.07), translate=0.06),
     v2.Normalize(MEAN, STD),
 ])
-test_transform = v2.Compose([  # its own: step 4 augments only training images
+test_transform = v2.Compose([  # separate: step 4 augments training images only
     v2.ToDtype(torch.float32, scale=True),
     v2.Normalize(MEAN, STD),
 ])
@@ -72,7 +72,7 @@ def block(in_channels, out_channels):
 
 
 class Net(nn.Module):
-    """Takes normalised images Nx1x28x28, returns log-probabilities Nx10.
+    """Takes normalized images Nx1x28x28, returns log-probabilities Nx10.
 
     Beside each layer: its output, height x width x channels, and its receptive field (RF): one
     value of the output depends on RF x RF pixels of the image.
@@ -101,6 +101,7 @@ class Net(nn.Module):
 def move_average(averages, weights, batches):
     """Move each average a little towards the weights; AveragedModel calls this after a batch.
 
+    `averages` (changed in place) and `weights` are lists of tensors, pair by pair of one shape;
     `batches` counts those so far. The average reaches back over about a tenth of them: the poor
     weights of the start are soon forgotten. With use_buffers, the running means and variances of
     batch normalization are averaged too.
@@ -122,11 +123,11 @@ def main(argv=None):
         if args.evaluate:
             return evaluate(model, test_loader, args.evaluate)
         optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM,
-                              weight_decay=WEIGHT_DECAY, nesterov=True)  # looks one step ahead
+                              weight_decay=WEIGHT_DECAY, nesterov=True)
         scheduler = OneCycleLR(optimizer, LEARNING_RATE, args.epochs * len(train_loader),
                                pct_start=WARM_UP, cycle_momentum=False)
         average = AveragedModel(model, multi_avg_fn=move_average, use_buffers=True)
-        for epoch in run.epochs(model, optimizer, scheduler, average):  # --resume: those left
+        for epoch in run.epochs(model, optimizer, scheduler, average):  # --resume: only the rest
             print(f"EPOCH: {epoch}")
             train_loss, train_accuracy, seconds = train(
                 model, train_loader, optimizer, args, scheduler, average)

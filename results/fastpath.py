@@ -2,9 +2,9 @@
 
     python results/fastpath.py [--workers 2]
 
-The arithmetic that the run chooses beside fp32 uncompiled, and in step 3 nn.Dropout2d beside
-nn.Dropout, which results/search.py compares for step 4. Three seeds each, on the held-out part
-of the training set. The fast runs of step 4 are those that results/search.py made of the recipe
+Compares the arithmetic that a run chooses with uncompiled fp32 and, in step 3, nn.Dropout2d with
+nn.Dropout (results/search.py does so for step 4). Three seeds each, on the held-out part of the
+training set. The fast runs of step 4 are those that results/search.py made of the recipe
 that was taken. Finished runs are skipped; results/fastpath/README.md tells all of them.
 """
 

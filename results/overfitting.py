@@ -1,4 +1,4 @@
-"""How much each step overfits: its weights on training images, tested as test images are.
+"""How much each step overfits: its last weights, tested on training and test images alike.
 
     python results/overfitting.py [--folder results]
 
@@ -23,7 +23,7 @@ import common  # noqa: E402
 
 
 def test_both(module, weights, splits):
-    """Return [loss, accuracy, loss, accuracy] of a file of weights, on training and test images."""
+    """Return mean loss and accuracy in per cent on training images, then both on test images."""
     net, found = module.Net(), []
     net.load_state_dict(torch.load(weights, weights_only=True))
     for images, labels in splits:

@@ -25,6 +25,7 @@ from variants import (
     HERE,
     ROOT,
     averaged_over,
+    both,
     constants,
     drop_single_values,
     new_net,
@@ -112,14 +113,6 @@ def documented(module):
     ])
 
 
-def both(*swaps):
-    """Return a swap that makes several."""
-    def swap(module):
-        for one in swaps:
-            one(module)
-    return swap
-
-
 TAKEN = "milder-affine"
 CANDIDATES = {  # name: (what differs from the first recipe, the swap)
     "first": ("nothing: 10°, shear 5, 0.9 to 1.1, shift 0.08", lambda module: None),
@@ -173,9 +166,9 @@ def make_report(folder):
         "the first recipe. Made by `results/search.py`, two runs at a time on one thread each.",
         "",
         "Most rows differ by no more than the seeds of one row do, so their order is largely "
-        "chance. nn.Dropout leads by less than its deviation and takes twice the time, so it was "
-        "not taken. In bold the recipe of step 4. Shears are in degrees, shifts in parts of the "
-        "image's side.",
+        "chance. nn.Dropout leads the first recipe by about its deviation and takes twice the "
+        "time, so it was not taken. In bold the recipe of step 4. Shears are in degrees, shifts "
+        "in parts of the image's side.",
         "",
         "| difference | seeds | last five: mean | lowest | last epoch: mean | deviation |",
         "|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""What each ingredient of steps 3 and 4 is worth: three seeds without it, all else equal.
+"""What each ingredient of steps 3 and 4 is worth: three seeds without it.
 
     python results/variants.py [--only NAME] [--workers 2]
 
@@ -94,6 +94,14 @@ def averaged_over(most):
     return constants(move_average=move_average)
 
 
+def both(*swaps):
+    """Return a swap that makes several."""
+    def swap(module):
+        for one in swaps:
+            one(module)
+    return swap
+
+
 VARIANTS = {  # name: (step, what it is called in the table, the swap)
     "step3-no-batch-norm": ("step3", "no batch normalization", new_net(without_batch_norm)),
     "step3-no-dropout": ("step3", "no dropout", constants(DROPOUT=0.0)),
@@ -103,6 +111,8 @@ VARIANTS = {  # name: (step, what it is called in the table, the swap)
     "step4-no-schedule-0.1": ("step4", "no schedule: 0.1, its peak", constant_rate(0.1)),
     "step4-no-decay": ("step4", "no weight decay", constants(WEIGHT_DECAY=0.0)),
     "step4-no-average": ("step4", "no average of weights", averaged_over(1)),
+    "step4-neither": ("step4", "no schedule: 0.1, no average of weights",
+                      both(constant_rate(0.1), averaged_over(1))),
     "step4-dropout-0.1": ("step4", "dropout 0.1", constants(DROPOUT=0.1)),
     "step4-one-1x1": ("step4", "one 1x1 20 to 10, no second", new_net(end_in(1))),
 }
@@ -159,8 +169,10 @@ def make_report(folder):
     lines = [
         "# What each ingredient is worth",
         "",
-        f"Test accuracy in per cent, seeds {', '.join(map(str, SEEDS))}, everything else equal. "
-        "Made by `results/variants.py`.",
+        f"Test accuracy in per cent, seeds {', '.join(map(str, SEEDS))}, all else equal but "
+        "for the threads: the variants ran on one, two runs at a time, the steps as they are on "
+        "two. That alone makes another run of the same seed, so read a difference against the "
+        "deviations. Made by `results/variants.py`.",
         "",
         "| step | variant | runs | last epoch: mean | difference | deviation | last five: mean |",
         "|---|---|---|---|---|---|---|",

@@ -2,8 +2,8 @@
 
     python tests/bench.py            writes results/bench.md
 
-Only ratios of times taken side by side, in turn, are claimed; absolute times are noise. What
-is compared runs a part of an epoch of step 4 (or of the step named) at batch size 128.
+Only ratios of times taken side by side, in turn, are claimed; absolute times are noise. Each
+subject trains on 60 batches of 128 images in a round, of step 4 unless its row names another.
 """
 
 import argparse
@@ -165,7 +165,7 @@ def use_the_other_precision(subject):
 
 
 def use_channels_last(subject):
-    """Lay out weights and images with the channels last."""
+    """Lay out the weights with the channels last; the convolutions follow them."""
     subject.model.to(memory_format=torch.channels_last)
 
 
@@ -241,9 +241,9 @@ def main():
         del slow
     best = min(found, key=lambda workers: statistics.median(found[workers][0]))
     for workers, times in found.items():
-        mark = " (its best)" if workers == best else ""
-        lines.append(row(f"(1) documented recipe, {workers} workers{mark}, against this suite",
-                         *times, "at least 4" if mark else ""))
+        mark, plural = " (its best)" if workers == best else "", "" if workers == 1 else "s"
+        words = f"(1) documented recipe, {workers} worker{plural}{mark}, against this suite"
+        lines.append(row(words, *times, "at least 4" if mark else ""))
     lines.append(row("(2) data and augmentation against the whole step",
                      *alternate(DataAlone(), fast, size, rounds), "at most 0.08"))
     floor = ConvolutionsAlone(step4_aug_lr, fast.args.precision)

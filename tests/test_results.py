@@ -93,7 +93,7 @@ def test_docstrings_tell_the_first_epochs():
     stuck = {seed: sum(round(loss, 2) == 2.30 for loss in run["train_loss"])
              for seed, run in RUNS["step2"].items()}
     assert {seed: epochs for seed, epochs in stuck.items() if epochs} == {2: 3}
-    assert "one of the five runs (seed 2) sat there for three epochs" in words[0]
+    assert "one of the five runs (seed 2) stayed at that loss for three epochs" in words[0]
 
 
 def test_differences_in_percentage_points():
