@@ -36,7 +36,8 @@ $(VENV)/interpreter: FORCE
 		{ $(PYTHON) -m venv --clear $(VENV) && echo "$(PYTHON)" > $@; }
 
 data: $(READY) ## Get MNIST into data/MNIST/raw, where it is not there yet
-	@$(PY) -c "import common as c; c.get_data('data', (c.fetch_with_torchvision, c.fetch_with_npm))"
+	@$(PY) -c "import common as c; c.get_data('data', (c.fetch_with_torchvision, c.fetch_with_npm)); \
+		[c.read_split('data', prefix) for prefix in ('train', 't10k')]"
 
 step1: $(READY) $(DATA) ## Train step 1: set-up, 6.38M parameters
 	@echo "15 epochs of step 1 take about an hour or two on a CPU; Ctrl-C keeps what is done."

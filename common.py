@@ -122,9 +122,10 @@ def setup(args):
     Sets `args.device` (torch.device), `args.precision` ("bf16" or "fp32") and `args.threads` (int).
     """
     args.device = find_device(args.device)
-    args.precision = "bf16" if not args.fp32 and is_bf16_faster(args.device) else "fp32"
+    fast = not args.fp32 and not args.evaluate and is_bf16_faster(args.device)
+    args.precision = "bf16" if fast else "fp32"
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
     cpu, args.threads = torch.cpu.get_capabilities(), torch.get_num_threads()
     print(f"Device: {args.device}, {cpu.get('cpu_name', 'unknown CPU')}, {args.threads} threads, "
           f"torch {torch.__version__}")
@@ -154,16 +155,15 @@ def get_data(data_dir, sources=(fetch_with_torchvision,)):
     Files that are there are left alone. What is fetched gets its place only when all four
     SHA-256 sums are right, so that an interrupted download never counts.
     """
-    raw = Path(data_dir, "MNIST", "raw")
+    raw, tried = Path(data_dir, "MNIST", "raw"), []
     missing = [raw / name for name in MNIST_SHA256 if not (raw / name).exists()]
     if not missing:
         return
     check(not Path(f"{missing[0]}.gz").exists(), missing[0], "this file", "its .gz; gunzip it")
     check(len(missing) == 4, missing[0], "this file", "only others; remove them to fetch all four")
-    raw.parent.mkdir(parents=True, exist_ok=True)
-    tried = []
     for fetch in sources:
         try:
+            raw.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=raw.parent, prefix="download-") as folder:
                 fetched = fetch(folder)
                 for name, expected in MNIST_SHA256.items():
@@ -349,8 +349,7 @@ def prepare(model, args):
 def print_summary(model):
     """Print torchinfo's table for one image; the model and the random state stay as they are."""
     with torch.random.fork_rng(devices=[]):
-        columns = ("output_size", "num_params")
-        twin = copy.deepcopy(model).cpu()
+        columns, twin = ("output_size", "num_params"), copy.deepcopy(model).cpu()
         print(torchinfo.summary(twin, (1, 1, 28, 28), col_names=columns, device="cpu", verbose=0))
 
 
@@ -525,8 +524,9 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
+        ends = kind is KeyboardInterrupt and not hasattr(sys, "ps1")  # a notebook goes on
         for number, handler in self.handlers.items():  # a second Ctrl-C must not disturb the end
-            signal.signal(number, signal.SIG_IGN if kind is KeyboardInterrupt else handler)
+            signal.signal(number, signal.SIG_IGN if ends else handler)
         sys.stdout = sys.stdout.terminal
         kept = f"Epochs 0 to {self.kept - 1} are in {self.path('.*')}; go on with --resume."
         kept = kept if self.kept else "No epoch of this run had ended; what was there is untouched."

@@ -1,10 +1,12 @@
 """What Makefile, README and requirements promise, and the frame that the project keeps to."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT, SCRIPTS, STEPS
@@ -67,6 +69,39 @@ def test_make_alone_prints_every_target():
     assert set(phony) - {"FORCE"} == TARGETS
     for target in TARGETS:
         assert re.search(rf"^  {target} +\S", printed, re.M), target
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+def test_what_make_calls(tmp_path):
+    """Nothing is installed twice, and arguments, interpreter and outputs are the user's."""
+    def make(*arguments):
+        log.write_text("")
+        done = subprocess.run(["make", *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return log.read_text(), done.stdout
+
+    log, requirements = tmp_path / "calls", tmp_path / "requirements.txt"
+    for name in ("interpreter", "other", ".venv/bin/python", "runs/log", "results/log"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'#!/bin/sh\necho {name} "$@" >> {log}\n')
+        path.chmod(0o755)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    requirements.touch()
+
+    calls, _ = make("step4", f"PYTHON={tmp_path}/interpreter", "ARGS=--epochs 1")
+    assert "interpreter -m venv" in calls and "pip install" in calls
+    assert "step4_aug_lr.py --epochs 1\n" in calls
+    calls, printed = make("step1")
+    assert "venv --clear" not in calls and "pip install" not in calls
+    assert "step1_setup.py\n" in calls and "hour" in printed
+    os.utime(requirements, (time.time() + 5,) * 2)
+    assert "pip install" in make("test")[0]
+    assert "other -m venv" in make("setup", f"PYTHON={tmp_path}/other")[0]
+    (tmp_path / "data").mkdir()
+    make("distclean")
+    assert not (tmp_path / "data").exists() and not (tmp_path / ".venv").exists()
+    assert (tmp_path / "runs/log").exists() and (tmp_path / "results/log").exists()
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")

@@ -111,15 +111,21 @@ def test_differences_in_percentage_points():
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param("step1", marks=pytest.mark.xfail(reason="its one run is an image short")),
+    pytest.param("step1", marks=pytest.mark.xfail(
+        strict=True, reason="best epochs 99.25 in testing and 99.92 in training")),
     "step2", "step3", "step4",
 ])
 def test_documented_figures_are_reached(name):
-    """The best epochs of the runs are at or above the documented ones."""
-    runs = RUNS[name].values()
-    assert max(max(run["test_accuracy"]) for run in runs) >= float(DOCUMENTED[name][1])
+    """The best epochs of seed 1 are at or above the documented ones."""
+    run = RUNS[name][1]
+    assert max(run["test_accuracy"]) >= float(DOCUMENTED[name][1])
     if name in ("step1", "step2"):
-        assert max(max(run["train_accuracy"]) for run in runs) >= float(DOCUMENTED[name][0])
+        assert max(run["train_accuracy"]) >= float(DOCUMENTED[name][0])
+
+
+def test_step4_is_consistent():
+    """The last five epochs of every run have a mean of 99.45 at least."""
+    assert min(table.summarize([run])["last_five"] for run in RUNS["step4"].values()) >= 99.45
 
 
 def test_every_run_has_its_log():

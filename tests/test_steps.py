@@ -68,7 +68,7 @@ def test_smoke_from_the_shell(name, data_dir, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_log_of_two_epochs(data_dir, tmp_path, capsys):
+def test_log_of_two_epochs(data_dir, tmp_path, capsys, monkeypatch):
     STEPS["step2"].main(["--epochs", "2", "--data-dir", str(data_dir), "--out", str(tmp_path),
                          "--no-compile"])
     printed = capsys.readouterr().out
@@ -83,10 +83,12 @@ def test_log_of_two_epochs(data_dir, tmp_path, capsys):
     weights = torch.load(tmp_path / "step2-seed1.pt", weights_only=True)
     net = STEPS["step2"].Net()
     net.load_state_dict(weights)
+    monkeypatch.setattr(common, "is_bf16_faster", lambda device: True)
     STEPS["step2"].main(["--evaluate", str(tmp_path / "step2-seed1.pt"), "--data-dir",
                          str(data_dir), "--out", str(tmp_path / "none")])
-    line = re.findall("Test set: .*", printed)[-1]
-    assert re.findall("Test set: .*", capsys.readouterr().out) == [line]
+    line, evaluated = re.findall("Test set: .*", printed)[-1], capsys.readouterr().out
+    assert re.findall("Test set: .*", evaluated) == [line]
+    assert ", fp32, not compiled" in evaluated
     assert not (tmp_path / "none").exists()
 
 
