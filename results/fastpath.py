@@ -2,13 +2,15 @@
 
     python results/fastpath.py [--workers 2]
 
-Compares the arithmetic that a run chooses with uncompiled fp32 and, in step 3, nn.Dropout2d with
-nn.Dropout (results/search.py does so for step 4). Three seeds each, on the held-out part of the
-training set. The fast runs of step 4 are those that results/search.py made of the recipe
-that was taken. Finished runs are skipped; results/fastpath/README.md tells all of them.
+Compares the arithmetic that a run chooses with uncompiled fp32, and with bf16, which it chooses on
+other machines; in step 3 also nn.Dropout2d with nn.Dropout (results/search.py does so for step 4).
+Three seeds each, on the held-out part of the training set. The fast runs of step 4 are those that
+results/search.py made of the recipe that was taken. Finished runs are skipped;
+results/fastpath/README.md tells all of them.
 """
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
@@ -16,16 +18,26 @@ from search import HELD_OUT, TAKEN, write_held_out
 from table import read_runs, show_deviation, summarize
 from variants import HERE, ROOT, drop_single_values, new_net, run_all
 
-import step3_bn_gap as step3  # variants has put the root on the path
+import common  # variants has put the root on the path
 
 SEEDS = (1, 2, 3)
 EAGER = ["--fp32", "--no-compile"]
-ROWS = [  # step, folder of the runs, what is dropped, command
-    ("step3", "fast", "channels", [str(ROOT / "step3_bn_gap.py")]),
-    ("step3", "fp32-uncompiled", "channels", [str(ROOT / "step3_bn_gap.py"), *EAGER]),
-    ("step3", "single-values", "single values", [__file__, "--single-values"]),
-    ("step4", f"../search/{TAKEN}", "channels", [str(ROOT / "step4_aug_lr.py")]),
-    ("step4", "fp32-uncompiled", "channels", [str(ROOT / "step4_aug_lr.py"), *EAGER]),
+
+
+def compute_in_bf16(module):
+    """Take bf16, as a run does by itself where it is faster."""
+    common.is_bf16_faster = lambda device: True
+
+
+SWAPS = {"bf16": compute_in_bf16, "single-values": new_net(drop_single_values)}
+ROWS = [  # step, folder of the runs, what is dropped, flags
+    ("step3", "fast", "channels", []),
+    ("step3", "fp32-uncompiled", "channels", EAGER),
+    ("step3", "single-values", "single values", EAGER),
+    ("step3", "bf16", "channels", []),
+    ("step4", f"../search/{TAKEN}", "channels", []),
+    ("step4", "fp32-uncompiled", "channels", EAGER),
+    ("step4", "bf16", "channels", []),
 ]
 
 
@@ -55,15 +67,18 @@ def make_report(folder):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--single-values", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     args, rest = parser.parse_known_args(argv)
-    if args.single_values:
-        new_net(drop_single_values)(step3)
-        return step3.main(rest)
+    if args.run:
+        step, name = args.run
+        module = importlib.import_module(next(ROOT.glob(f"{step}_*.py")).stem)
+        SWAPS.get(name, lambda module: None)(module)
+        return module.main(rest)
     write_held_out()
     folder = HERE / "fastpath"
-    run_all([(step, seed, folder / name, [*command, "--data-dir", str(HELD_OUT)])
-             for seed in SEEDS for step, name, _, command in ROWS], args.workers)
+    run_all([(step, seed, folder / name,
+              [__file__, "--run", step, name, *flags, "--data-dir", str(HELD_OUT)])
+             for seed in SEEDS for step, name, _, flags in ROWS], args.workers)
     report = make_report(folder)
     Path(folder, "README.md").write_text(report, encoding="utf-8")
     print(report)
