@@ -12,9 +12,10 @@ Results
 Analysis
     Batch normalization subtracts from each channel its mean, over the batch and all positions,
     and divides by its standard deviation; then it applies a scale and a shift that are learned.
-    In testing it uses running averages of mean and variance. So the values keep their size from
-    layer to layer, and the first epoch has a mean loss of 0.64 to 0.71, where step 2 had 1.12
-    to 2.30.
+    (The shift does the work of the biases that the convolutions lack.) In testing it uses
+    running averages of mean and variance. So the values keep their size from layer to layer,
+    and the first epoch has a mean loss of 0.64 to 0.71, where step 2 had 1.12 to 2.30. It
+    follows the ReLU, as documented; the other order is as common.
     Global average pooling (GAP) takes the mean of each channel over all 6x6 positions: it keeps
     how strongly a feature is present and discards where. The 7x7 had a weight for each of 49
     positions, 4,900 in all; a 1x1 convolution of the means takes 200. The convolutions end at a
@@ -23,11 +24,23 @@ Analysis
     The max-pool now comes after two 3x3 convolutions, not three, and three follow it. The 1x1
     before it has no ReLU here and no batch normalization: it is a linear map that halves the
     channels.
-    Batch normalization follows the ReLU, as documented; the other order is as common.
+    What each is worth, left out alone, in the last epochs of seeds 1 to 3
+    (results/variants/README.md):
+
+        as it is                                   99.23 ± 0.07 %
+        no batch normalization                     98.38 ± 0.40 %
+        no dropout                                 99.20 ± 0.07 %
+        6x6 convolution, no GAP, no 1x1            99.31 ± 0.05 %
+
+    Batch normalization makes the difference: all three runs without it spend their first epoch
+    at the loss of guessing. The pooling saves 7,000 weights, for the 6x6 convolution has 7,200,
+    and costs nothing that three seeds could tell from chance; it starts slower, for the first
+    epoch of the 6x6 has a loss of 0.19 to 0.20.
     Dropout makes training harder than testing, which is why the training accuracy in the log is
-    the lower one. Tested alike, training images are 0.10 points ahead of test images; in step 2
-    they were 0.48 ahead (results/overfitting.md): most of the overfitting is gone, and what
-    limits the network now is how well its weights are trained.
+    the lower one; without dropout it ends at 99.53 %. Tested alike, training images are 0.10
+    points ahead of test images; in step 2 they were 0.48 ahead (results/overfitting.md). Most
+    of the overfitting is gone, but the test accuracy is no higher for it: what limits the
+    network now is how well its weights are trained.
 
 Next
     Step 4 trains on images that are never the same twice, with less dropout, and lets the

@@ -5,6 +5,7 @@ from statistics import fmean
 
 import pytest
 import table
+import variants
 import verify
 from conftest import ROOT, STEPS
 
@@ -108,6 +109,33 @@ def test_differences_in_percentage_points():
         assert ahead[name[-1]] in words
         assert re.search(rf"^\| \[{name[-1]}\].*\| {ahead[name[-1]]} \|", readme, re.M)
         assert set(re.findall(r"(?<![\d.])(\d\.\d\d) (?:percentage )?points", words)) <= allowed
+
+
+@pytest.mark.parametrize("name", ["step3", "step4"])
+def test_docstrings_tell_what_each_ingredient_is_worth(name):
+    """The table in the docstring has the last epochs of the step and of all its variants."""
+    places = {"as it is": RESULTS} | {
+        words: RESULTS / "variants" / variant
+        for variant, (step, words, _) in variants.VARIANTS.items() if step == name}
+    rows = {}
+    for words, place in places.items():
+        row = table.summarize(table.read_runs(name, place, variants.SEEDS).values())
+        assert row["runs"] == len(variants.SEEDS), words
+        rows[words] = f"{row['mean']:.2f} ± {row['deviation']:.2f} %"
+    told = re.findall(r"^ {8}(\S.*?) {2,}(\S.* %)$", STEPS[name].__doc__, re.M)
+    assert dict(told) == rows
+
+
+def test_step3_tells_how_its_variants_went():
+    """The first losses and the last training accuracy are those of the variants' runs."""
+    words = " ".join(STEPS["step3"].__doc__.split())
+    runs = {name: table.read_runs("step3", RESULTS / "variants" / f"step3-{name}").values()
+            for name in ("no-batch-norm", "no-dropout", "no-gap")}
+    assert all(round(run["train_loss"][0], 2) == 2.30 for run in runs["no-batch-norm"])
+    losses = [run["train_loss"][0] for run in runs["no-gap"]]
+    assert f"a loss of {min(losses):.2f} to {max(losses):.2f}" in words
+    trained = fmean(run["train_accuracy"][-1] for run in runs["no-dropout"])
+    assert f"without dropout it ends at {trained:.2f} %" in words
 
 
 @pytest.mark.parametrize("name", [
