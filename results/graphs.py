@@ -179,7 +179,7 @@ def draw_model(args):
                 (x - size / 2 + shift, 85 - size / 2 - shift), size, size, linewidth=0.35,
                 facecolor="#deebf7" if column else "white", edgecolor="#4a6a94"))
         axis.text(x, 128, words[column], ha="center", va="top", fontsize=8.5)
-        for y, text in ((12, f"{channels}×{side}×{side}"), (37, f"{count:,}"), (62, str(field))):
+        for y, text in ((12, f"{side}×{side}×{channels}"), (37, f"{count:,}"), (62, str(field))):
             axis.text(x, below + y, text, ha="center", va="center", fontsize=8)
     axis.text(425, 22, f"step 4: {sum(row[2] for row in rows):,} parameters", ha="center",
               fontsize=10.5)

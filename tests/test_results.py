@@ -138,6 +138,21 @@ def test_step3_tells_how_its_variants_went():
     assert f"without dropout it ends at {trained:.2f} %" in words
 
 
+def test_step4_tells_how_its_variants_went():
+    """Epoch 5 with and without the average, and the end without average and schedule."""
+    words = " ".join(STEPS["step4"].__doc__.split())
+    runs = {name: table.read_runs("step4", RESULTS / "variants" / f"step4-{name}").values()
+            for name in ("no-average", "neither")}
+    for epoch, text in ((5, "tests at {:.2f} % in the mean of the ten runs"),
+                        (9, "At epoch 9 it is at {:.2f} %")):
+        figure = fmean(run["test_accuracy"][epoch] for run in RUNS["step4"].values())
+        assert text.format(figure) in words
+    without = fmean(run["test_accuracy"][5] for run in runs["no-average"])
+    assert f"runs without it are at {without:.2f} %" in words
+    step3 = table.summarize(RUNS["step3"].values())
+    assert table.summarize(runs["neither"])["mean"] < step3["mean"]
+
+
 @pytest.mark.parametrize("name", [
     pytest.param("step1", marks=pytest.mark.xfail(
         strict=True, reason="best epochs 99.25 in testing and 99.92 in training")),
