@@ -13,13 +13,10 @@ TITLES = {
     "step3": "Step 3: batch normalization, dropout, global average pooling",
     "step4": "Step 4: augmentation and learning-rate schedule",
 }
+TABLES = ("variants/README.md", "times/README.md", "search/README.md", "overfitting.md")
 REPORTS = {
-    "search/README.md": "the search for the recipe of step 4, on held-out data",
-    "fastpath/README.md": "whether the fast path costs accuracy",
-    "overfitting.md": "how much each step overfits: weights tested on training images too",
-    "variants/README.md": "what each ingredient of steps 3 and 4 is worth",
-    "times/README.md": "accuracy against training time",
-    "bench.md": "speed, in ratios taken side by side",
+    "fastpath/README.md": "Whether the fast path costs accuracy",
+    "bench.md": "Speed, in ratios taken side by side",
 }
 PICTURES = {
     "curves.png": "Training and test loss and accuracy of the four steps",
@@ -37,14 +34,17 @@ def main():
         "first line), `.csv` (its history) and `.pt` (weights of the last epoch; step 1's are "
         "too large to keep here). `make verify` tests the weights. Accuracies are in per cent "
         "of the 10,000 test images. The test set chose nothing but the best epochs.",
-        "",
     ]
-    lines += [f"- [{words}]({name})" for name, words in REPORTS.items() if (HERE / name).exists()]
     for step, title in TITLES.items():
         runs = read_runs(step)
         if runs:
             names = {f"[seed {seed}]({step}-seed{seed}.log)": run for seed, run in runs.items()}
             lines += ["", f"## {title}", "", make_table(names)]
+    for name in TABLES:
+        if (HERE / name).exists():
+            lines += ["", f"#{(HERE / name).read_text(encoding='utf-8').rstrip()}"]
+    lines += ["", "## Speed", ""]
+    lines += [f"- [{words}]({name})" for name, words in REPORTS.items() if (HERE / name).exists()]
     for name, words in PICTURES.items():
         if (HERE / name).exists():
             lines += ["", f"## {words}", "", f"![{words}]({name})"]

@@ -111,6 +111,18 @@ def test_differences_in_percentage_points():
         assert set(re.findall(r"(?<![\d.])(\d\.\d\d) (?:percentage )?points", words)) <= allowed
 
 
+def test_accuracy_against_time():
+    """README compares 8 epochs of step 4 with the documented recipe as results/times does."""
+    text = (RESULTS / "times" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.*?) \| (\d+) \| \d \| (\S+) \| (?:\S+)? *\| (\d+) \|", text, re.M)
+    told = {(recipe, epochs): (mean, int(seconds)) for recipe, epochs, mean, seconds in rows}
+    (eight, short), (documented, long) = told["step 4", "8"], told["documented", "15"]
+    words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"In 8 epochs it reaches {float(eight):.2f}, in a sixth" in words
+    assert f"one run of 15 epochs, reaches {float(documented):.2f}." in words
+    assert long / short > 6
+
+
 @pytest.mark.parametrize("name", ["step3", "step4"])
 def test_docstrings_tell_what_each_ingredient_is_worth(name):
     """The table in the docstring has the last epochs of the step and of all its variants."""
