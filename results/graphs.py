@@ -113,13 +113,13 @@ def draw_drilldown(args):
         axis.errorbar(size, mean, [[mean - min(last)], [max(last) - mean]], color=colour,
                       marker=marker, markersize=8, capsize=4)
         left = step in ("step1", "step3")  # on which side the words are
-        axis.plot(size, DOCUMENTED[step], marker, markersize=8, markerfacecolor="none",
-                  color=colour)
+        axis.plot(size, DOCUMENTED[step], marker, markersize=13, markerfacecolor="none",
+                  color=colour)  # larger: seen even where it lies round the mean
         words = f"step {step[-1]}\n{size:,} parameters\n{mean:.2f} (n = {len(last)})"
-        axis.annotate(words, (size, mean), xytext=(-12 if left else 12, 0), va="center",
+        axis.annotate(words, (size, mean), xytext=(-14 if left else 14, 0), va="center",
                       textcoords="offset points", ha="right" if left else "left")
     axis.plot([], [], "ko", markersize=8, label="last epoch: mean, lowest and highest of the seeds")
-    axis.plot([], [], "ko", markersize=8, markerfacecolor="none",
+    axis.plot([], [], "ko", markersize=13, markerfacecolor="none",
               label="documented: best epoch of one run")
     axis.legend(loc="lower right", frameon=False)
     axis.set_xscale("log")
