@@ -144,7 +144,7 @@ def test_weights_that_the_docstrings_count():
     normalization = total["step3"] - sum(convolutions["step3"])
     assert total["step2"] / 2 < 2 * 20 * 32 * 9
     told = {
-        "step1": ["60,000", f"{total['step1'] // 60_000} weights for every one",
+        "step1": [f"{total['step1'] // 60_000} weights for every one",
                   f"hold {100 * large / total['step1']:.0f} % of them"],
         "step2": [f"takes {32 * 10} weights", f"{10 * 20 * 9:,}", f"{32 * 20 * 9:,}",
                   f"whole image, {convolutions['step2'][-1]:,}"],
@@ -156,7 +156,7 @@ def test_weights_that_the_docstrings_count():
     for name, step in STEPS.items():
         words = " ".join(step.__doc__.split())
         assert all(piece in words for piece in told[name]), told[name]
-        known = " ".join((f"{total[name]:,}", "10,000", *told[name]))
+        known = " ".join((f"{total[name]:,}", "10,000", "60,000", *told[name]))
         assert set(re.findall(r"\d+,\d{3}", words)) <= set(re.findall(r"\d+,\d{3}", known))
 
 
