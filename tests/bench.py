@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
 import torch  # noqa: E402
+import torchvision  # noqa: E402
 from times import documented_transform  # noqa: E402
 from torch import nn, optim  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
@@ -269,8 +270,9 @@ def main():
     cpu = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
     text = "\n".join([
         f"{cpu}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
-        f"torch {torch.__version__}; {rounds} rounds of {size} batches in turn. Times are medians, "
-        "first / second is the median of the ratios of the rounds, with their range.",
+        f"torch {torch.__version__}, torchvision {torchvision.__version__}; {rounds} rounds of "
+        f"{size} batches in turn. Times are medians, first / second is the median "
+        "of the ratios of the rounds, with their range.",
         f"The fast path, which a run chooses by itself, is here {fast.args.precision}, "
         f"{'compiled' if fast.args.compile else 'not compiled'}; networks of the size of step 1 "
         "are never compiled.", "", *lines, ""])
