@@ -88,10 +88,10 @@ verify: $(READY) data ## Test the committed weights against the committed figure
 search: $(READY) data ## Search for the recipe of step 4 on held-out data (hours)
 	@$(PY) results/search.py
 
-fastpath: $(READY) data ## Measure whether the fast path costs accuracy (about an hour)
+fastpath: $(READY) data ## Measure whether the fast path costs accuracy (about two hours)
 	@$(PY) results/fastpath.py
 
-variants: $(READY) data ## Measure what each ingredient is worth (about two hours)
+variants: $(READY) data ## Measure what each ingredient is worth (about three hours)
 	@$(PY) results/variants.py
 
 times: $(READY) data ## Measure accuracy against training time (about half an hour)
