@@ -14,8 +14,8 @@ Analysis
     and divides by its standard deviation; then it applies a scale and a shift that are learned.
     (The shift does the work of the biases that the convolutions lack.) In testing it uses
     running averages of mean and variance. So the values keep their size from layer to layer,
-    and the first epoch has a mean loss of 0.64 to 0.71, where step 2 had 1.12 to 2.30. It
-    follows the ReLU, as documented; the other order is as common.
+    and the first epoch has a mean loss of 0.64 to 0.71, where step 2 had 1.12 to 2.30. The
+    normalization follows the ReLU, as documented; the other order is as common.
     Global average pooling (GAP) takes the mean of each channel over all 6x6 positions: it keeps
     how strongly a feature is present and discards where. The 7x7 had a weight for each of 49
     positions, 4,900 in all; a 1x1 convolution of the means takes 200. The convolutions end at a

@@ -145,7 +145,7 @@ def main(argv=None):
         optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM,
                               weight_decay=WEIGHT_DECAY, nesterov=True)
         scheduler = OneCycleLR(optimizer, LEARNING_RATE, args.epochs * len(train_loader),
-                               pct_start=WARM_UP, cycle_momentum=False)
+                               pct_start=WARM_UP, cycle_momentum=False)  # momentum stays at 0.9
         average = AveragedModel(model, multi_avg_fn=move_average, use_buffers=True)
         for epoch in run.epochs(model, optimizer, scheduler, average):  # --resume: only the rest
             print(f"EPOCH: {epoch}")

@@ -10,13 +10,12 @@ results/fastpath/README.md tells all of them.
 """
 
 import argparse
-import importlib
 import sys
 from pathlib import Path
 
 from search import HELD_OUT, TAKEN, write_held_out
 from table import read_runs, show_deviation, summarize
-from variants import HERE, ROOT, drop_single_values, new_net, run_all
+from variants import HERE, drop_single_values, load_step, new_net, run_all
 
 import common  # variants has put the root on the path
 
@@ -78,7 +77,7 @@ def main(argv=None):
     args, rest = parser.parse_known_args(argv)
     if args.run:
         step, name = args.run
-        module = importlib.import_module(next(ROOT.glob(f"{step}_*.py")).stem)
+        module = load_step(step)
         SWAPS.get(name, lambda module: None)(module)
         return module.main(rest)
     write_held_out()

@@ -9,7 +9,6 @@ results/search/README.md tells all of them.
 """
 
 import argparse
-import importlib
 import struct
 import sys
 from functools import partial
@@ -28,6 +27,7 @@ from variants import (
     both,
     constants,
     drop_single_values,
+    load_step,
     new_net,
     run_all,
 )
@@ -73,6 +73,9 @@ def optimizer(make):
     return constants(optim=SimpleNamespace(SGD=make))
 
 
+without_nesterov = optimizer(lambda parameters, nesterov, **others: optim.SGD(parameters, **others))
+
+
 def decay_convolutions_only(parameters, weight_decay, **others):
     """SGD that leaves the scale and shift of batch normalization out of weight decay."""
     parameters = list(parameters)
@@ -102,7 +105,7 @@ def documented(module):
         return LambdaLR(optimizer, lambda batch: 0.1 ** (15 * batch // total // 8))
     constants(LEARNING_RATE=0.01, WEIGHT_DECAY=0.0, DROPOUT=0.03, OneCycleLR=steps)(module)
     averaged_over(1)(module)
-    optimizer(lambda parameters, nesterov, **others: optim.SGD(parameters, **others))(module)
+    without_nesterov(module)
     new_net(drop_single_values)(module)
     module.train_transform = v2.Compose([
         v2.ToDtype(module.torch.float32, scale=True),
@@ -127,8 +130,7 @@ CANDIDATES = {  # name: (what differs from the first recipe, the swap)
     "decay-1e-3": ("weight decay 1e-3", constants(WEIGHT_DECAY=1e-3)),
     "decay-convolutions": ("weight decay on the convolutions alone",
                            optimizer(decay_convolutions_only)),
-    "no-nesterov": ("momentum without Nesterov", optimizer(
-        lambda parameters, nesterov, **others: optim.SGD(parameters, **others))),
+    "no-nesterov": ("momentum without Nesterov", without_nesterov),
     "adamw": ("AdamW 0.01, decay 0.05", both(constants(LEARNING_RATE=0.01), optimizer(
         lambda parameters, lr, **_: optim.AdamW(parameters, lr, weight_decay=0.05)))),
     "no-dropout": ("no dropout", constants(DROPOUT=0.0)),
@@ -189,7 +191,7 @@ def main(argv=None):
     parser.add_argument("--run", help=argparse.SUPPRESS)
     args, rest = parser.parse_known_args(argv)
     if args.run:
-        module = importlib.import_module("step4_aug_lr")
+        module = load_step("step4")
         begin(module)
         CANDIDATES[args.run][1](module)
         return module.main(["--data-dir", str(HELD_OUT), *rest])

@@ -118,11 +118,16 @@ VARIANTS = {  # name: (step, what it is called in the table, the swap)
 }
 
 
+def load_step(step):
+    """Return the module of a step, "step1" to "step4", without what a swap has changed in it."""
+    [script] = ROOT.glob(f"{step}_*.py")
+    return importlib.reload(importlib.import_module(script.stem))
+
+
 def train_variant(name, argv):
     """Run one variant in this process, with the arguments of its step."""
     step, _, swap = VARIANTS[name]
-    [script] = ROOT.glob(f"{step}_*.py")
-    module = importlib.reload(importlib.import_module(script.stem))
+    module = load_step(step)
     swap(module)
     module.main(argv)
 

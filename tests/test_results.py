@@ -113,14 +113,13 @@ def test_differences_in_percentage_points():
 
 def test_accuracy_against_time():
     """README compares 8 epochs of step 4 with the documented recipe as results/times does."""
-    text = (RESULTS / "times" / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (.*?) \| (\d+) \| \d \| (\S+) \| (?:\S+)? *\| (\d+) \|", text, re.M)
-    told = {(recipe, epochs): (mean, int(seconds)) for recipe, epochs, mean, seconds in rows}
-    (eight, short), (documented, long) = told["step 4", "8"], told["documented", "15"]
+    eight, documented = (
+        table.summarize(table.read_runs("step4", RESULTS / "times" / name).values())
+        for name in ("epochs-8", "documented"))
     words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert f"In 8 epochs it reaches {float(eight):.2f}, in a sixth" in words
-    assert f"one run of 15 epochs, reaches {float(documented):.2f}." in words
-    assert long / short > 6
+    assert f"In 8 epochs it reaches {eight['mean']:.2f}, in a sixth" in words
+    assert f"one run of 15 epochs, reaches {documented['mean']:.2f}." in words
+    assert documented["seconds"] / eight["seconds"] > 6
 
 
 @pytest.mark.parametrize("name", ["step3", "step4"])

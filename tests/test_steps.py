@@ -138,25 +138,24 @@ def test_weights_that_the_docstrings_count():
     """Each number of weights in them is that of the layers which it is said of."""
     convolutions = {name: [layer.weight.numel() for layer in step.Net().modules()
                            if isinstance(layer, nn.Conv2d)] for name, step in STEPS.items()}
-    total = {name: PARAMETERS[name] for name in STEPS}
     large, pooled = sum(sorted(convolutions["step1"])[-2:]), convolutions["step3"][-1]
     narrower = sum(convolutions["step2"][:-1]) - sum(convolutions["step3"][:-1])
-    normalization = total["step3"] - sum(convolutions["step3"])
-    assert total["step2"] / 2 < 2 * 20 * 32 * 9
+    normalization = PARAMETERS["step3"] - sum(convolutions["step3"])
+    assert PARAMETERS["step2"] / 2 < 2 * 20 * 32 * 9
     told = {
-        "step1": [f"{total['step1'] // 60_000} weights for every one",
-                  f"hold {100 * large / total['step1']:.0f} % of them"],
+        "step1": [f"{PARAMETERS['step1'] // 60_000} weights for every one",
+                  f"hold {100 * large / PARAMETERS['step1']:.0f} % of them"],
         "step2": [f"takes {32 * 10} weights", f"{10 * 20 * 9:,}", f"{32 * 20 * 9:,}",
                   f"whole image, {convolutions['step2'][-1]:,}"],
         "step3": [f"{convolutions['step2'][-1]:,} in all", f"takes {pooled}", f"{narrower:,}",
                   f"normalization adds {normalization}", f"has {20 * 10 * 36:,}",
                   f"{20 * 10 * 36 - pooled:,}"],
-        "step4": [f"{total['step4'] - total['step3']} parameters"],
+        "step4": [f"{PARAMETERS['step4'] - PARAMETERS['step3']} parameters"],
     }
     for name, step in STEPS.items():
         words = " ".join(step.__doc__.split())
         assert all(piece in words for piece in told[name]), told[name]
-        known = " ".join((f"{total[name]:,}", "10,000", "60,000", *told[name]))
+        known = " ".join((f"{PARAMETERS[name]:,}", "10,000", "60,000", *told[name]))
         assert set(re.findall(r"\d+,\d{3}", words)) <= set(re.findall(r"\d+,\d{3}", known))
 
 
