@@ -155,12 +155,13 @@ def get_data(data_dir, sources=(fetch_with_torchvision,)):
     Files that are there are left alone. What is fetched gets its place only when all four
     SHA-256 sums are right, so that an interrupted download never counts.
     """
-    raw, tried = Path(data_dir, "MNIST", "raw"), []
+    raw = Path(data_dir, "MNIST", "raw")
+    others, tried = raw.is_dir() and any(raw.iterdir()), []
     missing = [raw / name for name in MNIST_SHA256 if not (raw / name).exists()]
     if not missing:
         return
     check(not Path(f"{missing[0]}.gz").exists(), missing[0], "this file", "its .gz; gunzip it")
-    check(len(missing) == 4, missing[0], "this file", "only others; remove them to fetch all four")
+    check(not others, missing[0], "this file", "only others; remove them to fetch all four")
     for fetch in sources:
         try:
             raw.parent.mkdir(parents=True, exist_ok=True)
@@ -597,12 +598,11 @@ class Run:
         checkpoint = {"settings": self.settings, "rows": self.rows, "log": sys.stdout.text}
         checkpoint["parts"] = [part.state_dict() for part in self.parts]
         checkpoint["random"] = [source.get_rng_state() for source in self.sources]
-        weights = self.model.state_dict()
         header = "epoch,train_loss,train_accuracy,test_loss,test_accuracy,learning_rate,seconds"
         self.write({
             ".ckpt": to_bytes(checkpoint),
             ".csv": "\n".join((header, *self.rows, "")).encode(),
-            ".pt": to_bytes({k: v.cpu().contiguous() for k, v in weights.items()}),
+            ".pt": to_bytes({k: v.cpu().contiguous() for k, v in self.model.state_dict().items()}),
             ".log": sys.stdout.text.encode(),
         })
         self.kept = len(self.rows)

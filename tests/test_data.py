@@ -126,6 +126,15 @@ def test_all_four_packed(raw):
     assert "gunzip it" in refusal(load, raw.parent.parent)
 
 
+def test_a_stray_file_alone(tmp_path):
+    """It would stand in the way of the four, which get their place all at once."""
+    stray = tmp_path / "MNIST" / "raw" / ".DS_Store"
+    stray.parent.mkdir(parents=True)
+    stray.touch()
+    assert "this file, found only others; remove them" in refusal(common.get_data, tmp_path)
+    assert stray.exists()
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read all")
 def test_unreadable_file_is_refused(raw):
     (raw / TRAIN_IMAGES).chmod(0)
