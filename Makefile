@@ -16,7 +16,7 @@ FOUR := step1_setup.py step2_skeleton.py step3_bn_gap.py step4_aug_lr.py
 .DEFAULT_GOAL := help
 .PHONY: help setup data step1 step2 step3 step4 all smoke seeds test kill fuzz diff lint \
 	bench verify overfitting report search fastpath variants times graphs evidence \
-	results clean distclean FORCE
+	scrap results clean distclean FORCE
 
 help: ## Print this list
 	@echo 'Usage: make TARGET [ARGS="--epochs 1 --seed 2"] [PYTHON=python3.12]'
@@ -113,7 +113,10 @@ evidence: $(READY) data ## Train every run behind the figures into results/ (man
 	@$(MAKE) --no-print-directory seeds STEP=2 SEEDS="1 2 3 4 5" OUT=results
 	@$(MAKE) --no-print-directory seeds STEP=1 SEEDS=1 OUT=results
 
-results: evidence search fastpath variants times overfitting bench graphs report ## Make everything in results/ anew
+scrap: # the runs that the targets below would take for finished; git keeps them
+	rm -rf results/search/*/ results/fastpath/*/ results/variants/*/ results/times/*/
+
+results: scrap evidence search fastpath variants times overfitting bench graphs report ## Make everything in results/ anew (a day)
 
 clean: ## Remove caches
 	rm -rf .pytest_cache .ruff_cache __pycache__ */__pycache__

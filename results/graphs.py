@@ -10,7 +10,7 @@ import argparse
 import importlib
 import sys
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import matplotlib
 import torch
@@ -64,12 +64,14 @@ def read_digits(data_dir, prefix):
 
 
 def draw_curves(args):
-    """Loss and accuracy of training and test; the line is the mean, the band all seeds.
+    """Loss and accuracy of training and test; the line is the median, the band all seeds.
 
-    Accuracy is drawn by its mistakes: from 90 to 99 % is as far as from 99 to 99.9 %.
+    Accuracy is drawn by its mistakes: from 90 to 99 % is as far as from 99 to 99.9 %. The test
+    loss has a scale of its own, on which it can be seen to settle or to rise.
     """
     runs = all_runs(args.folder)
-    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 6.6), sharex=True, sharey="row")
+    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 6.6), sharex=True)
+    axes[1, 1].sharey(axes[1, 0])
     for row, quantity in zip(axes, ("loss", "accuracy"), strict=True):
         for axis, split in zip(row, ("training", "test"), strict=True):
             axis.set_title(f"{split} {quantity}")
@@ -80,15 +82,17 @@ def draw_curves(args):
                     columns = [[max(100 - value, 0.01) for value in run] for run in columns]
                 epochs = list(zip(*columns, strict=True))  # of each, the values of all seeds
                 x, (colour, line, marker) = range(len(epochs)), STYLES[step]
-                axis.plot(x, list(map(fmean, epochs)), line, color=colour, marker=marker,
+                axis.plot(x, list(map(median, epochs)), line, color=colour, marker=marker,
                           markersize=3.5, linewidth=1.4,
                           label=f"step {step[-1]} ({len(found)} seed{'s' * (len(found) > 1)})")
                 axis.fill_between(x, list(map(min, epochs)), list(map(max, epochs)),
                                   color=colour, alpha=0.2, linewidth=0)
-    for axis in axes[0]:
-        axis.axhline(2.303, color="grey", linewidth=0.8)
+    axes[0, 0].axhline(2.303, color="grey", linewidth=0.8)
     axes[0, 0].text(14, 2.0, "2.303: guessing", ha="right", va="top", color="dimgrey", fontsize=9)
     axes[0, 0].set_ylabel("loss (log scale)")
+    axes[0, 1].set_ylim(0.012, 0.25)
+    axes[0, 1].minorticks_off()
+    axes[0, 1].set_yticks(losses := (0.02, 0.05, 0.1, 0.2), map(str, losses))
     axes[1, 0].set_ylabel("accuracy, % (log scale of mistakes)")
     axes[1, 0].set_ylim(12, 0.02)
     mistakes = (10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02)
@@ -113,13 +117,13 @@ def draw_drilldown(args):
         axis.errorbar(size, mean, [[mean - min(last)], [max(last) - mean]], color=colour,
                       marker=marker, markersize=8, capsize=4)
         left = step in ("step1", "step3")  # on which side the words are
-        axis.plot(size, DOCUMENTED[step], marker, markersize=13, markerfacecolor="none",
-                  color=colour)  # larger: seen even where it lies round the mean
+        axis.plot(size * (1.2 if left else 0.83), DOCUMENTED[step], marker, markersize=8,
+                  markerfacecolor="none", color=colour)  # beside, so that none hides the other
         words = f"step {step[-1]}\n{size:,} parameters\n{mean:.2f} (n = {len(last)})"
         axis.annotate(words, (size, mean), xytext=(-14 if left else 14, 0), va="center",
                       textcoords="offset points", ha="right" if left else "left")
     axis.plot([], [], "ko", markersize=8, label="last epoch: mean, lowest and highest of the seeds")
-    axis.plot([], [], "ko", markersize=13, markerfacecolor="none",
+    axis.plot([], [], "ko", markersize=8, markerfacecolor="none",
               label="documented: best epoch of one run")
     axis.legend(loc="lower right", frameon=False)
     axis.set_xscale("log")
@@ -161,7 +165,7 @@ def describe(net):
 
 
 def draw_model(args):
-    """The final model: each stage as a stack of feature maps, to scale, with its figures."""
+    """The final model: each stage as a stack of feature maps, with its figures."""
     rows = describe(MODULES["step4"].Net())
     words = ["\n".join(row[0]) for row in rows]
     below = 155 + 15 * max(text.count("\n") for text in words)  # in pixels of README, as all here
@@ -199,6 +203,11 @@ def draw_augmentation(args):
         for axis, image in zip(row, batch, strict=True):
             show(axis, image, rows[0].min(), rows[0].max())
         row[0].set_ylabel(name)
+    [affine] = (part for part in step.train_transform.transforms if hasattr(part, "shear"))
+    low, high = affine.scale
+    figure.suptitle(f"rotation up to {affine.degrees}°, shear up to {affine.shear}°, scale "
+                    f"{low:g} to {high:g}, shift up to {affine.translate:g} of the side",
+                    fontsize=10.5)
     return figure
 
 
@@ -223,8 +232,8 @@ def draw_errors(args):
         axis.axis("off")
     for axis, index in zip(axes.flat, wrong.tolist(), strict=False):
         show(axis, images[index], 0, 255)
-        axis.set_xlabel(f"{labels[index]} as {answer[index]}, {100 * probability[index]:.0f}%",
-                        fontsize=9, labelpad=2)
+        sure = ">99" if probability[index] > 0.995 else f"{100 * probability[index]:.0f}"
+        axis.set_xlabel(f"{labels[index]} as {answer[index]}, {sure}%", fontsize=9, labelpad=2)
     figure.suptitle(f"step 4, seed 1: {len(wrong)} wrong of {len(images):,}. Below each digit: "
                     "label, prediction, its probability", fontsize=10.5)
     return figure

@@ -26,14 +26,16 @@ PICTURES = {
 }
 
 
-def main():
+def make_report():
+    """Return the text of README.md."""
     lines = [
         "# Results",
         "",
-        "Each run left `stepN-seedS.log` (what it printed, with machine and versions in the "
-        "first line), `.csv` (its history) and `.pt` (weights of the last epoch; step 1's are "
-        "too large to keep here). `make verify` tests the weights. Accuracies are in per cent "
-        "of the 10,000 test images. The test set chose nothing but the best epochs.",
+        "Each run of steps 1 to 4 left `stepN-seedS.log` (what it printed, with the machine and "
+        "the version of torch in the first line), `.csv` (its history) and `.pt` (weights of the "
+        "last epoch; step 1's are too large to keep here). `make verify` tests the weights. "
+        "Accuracies are in per cent of the 10,000 test images, which were tested after every "
+        "epoch of these runs. They chose no setting, only the best epochs.",
     ]
     for step, title in TITLES.items():
         runs = read_runs(step)
@@ -48,7 +50,11 @@ def main():
     for name, words in PICTURES.items():
         if (HERE / name).exists():
             lines += ["", f"## {words}", "", f"![{words}]({name})"]
-    Path(HERE, "README.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    return "\n".join([*lines, ""])
+
+
+def main():
+    Path(HERE, "README.md").write_text(make_report(), encoding="utf-8")
 
 
 if __name__ == "__main__":

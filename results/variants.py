@@ -1,6 +1,6 @@
 """What each ingredient of steps 3 and 4 is worth: three seeds without it.
 
-    python results/variants.py [--only NAME] [--workers 2]
+    python results/variants.py [--only NAME]
 
 A variant is the step itself, run as `--seed S --out results/variants/NAME`, after a function
 has swapped one thing in its module. Every run is a process of its own, so nothing of one
@@ -16,9 +16,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 from table import is_finished, read_run, read_runs, show_deviation, summarize
-from torch import nn
+from torch import nn, optim
 from torch.optim.lr_scheduler import LambdaLR
 
 HERE = Path(__file__).resolve().parent
@@ -94,6 +95,14 @@ def averaged_over(most):
     return constants(move_average=move_average)
 
 
+def optimizer(make):
+    """Return a swap: another optimizer, made from the model's parameters."""
+    return constants(optim=SimpleNamespace(SGD=make))
+
+
+without_nesterov = optimizer(lambda parameters, nesterov, **others: optim.SGD(parameters, **others))
+
+
 def both(*swaps):
     """Return a swap that makes several."""
     def swap(module):
@@ -103,13 +112,16 @@ def both(*swaps):
 
 
 VARIANTS = {  # name: (step, what it is called in the table, the swap)
+    "step3-as-it-is": ("step3", "as it is", lambda module: None),
     "step3-no-batch-norm": ("step3", "no batch normalization", new_net(without_batch_norm)),
     "step3-no-dropout": ("step3", "no dropout", constants(DROPOUT=0.0)),
     "step3-no-gap": ("step3", "6x6 convolution, no GAP, no 1x1", new_net(end_in(6))),
+    "step4-as-it-is": ("step4", "as it is", lambda module: None),
     "step4-no-augmentation": ("step4", "no augmentation", without_augmentation),
     "step4-no-schedule": ("step4", "no schedule: 0.01 as in step 3", constant_rate(0.01)),
     "step4-no-schedule-0.1": ("step4", "no schedule: 0.1, its peak", constant_rate(0.1)),
     "step4-no-decay": ("step4", "no weight decay", constants(WEIGHT_DECAY=0.0)),
+    "step4-no-nesterov": ("step4", "no Nesterov", without_nesterov),
     "step4-no-average": ("step4", "no average of weights", averaged_over(1)),
     "step4-neither": ("step4", "no schedule: 0.1, no average of weights",
                       both(constant_rate(0.1), averaged_over(1))),
@@ -167,36 +179,30 @@ def run_all(jobs, workers=1):
 
 
 def make_report(folder):
-    """Return the text of README.md: each step as it is, and below it its variants.
-
-    The runs of the steps themselves are looked for in the parent of `folder`.
-    """
+    """Return the text of README.md: each step as it is, and below it its variants."""
     lines = [
         "# What each ingredient is worth",
         "",
-        f"Test accuracy in per cent, seeds {', '.join(map(str, SEEDS))}, all else equal but "
-        "for the threads: the variants ran on one, two runs at a time, the steps as they are on "
-        "two. That alone makes another run of the same seed, so read a difference against the "
-        "deviations. Made by `results/variants.py`.",
+        f"Test accuracy in per cent, seeds {', '.join(map(str, SEEDS))}, all else equal. Two runs "
+        "at a time on one thread each: the number of threads changes the rounding and so the run, "
+        "which is why these are not the runs of the steps themselves. Read a difference against "
+        "the deviations. Made by `results/variants.py`.",
         "",
         "| step | variant | runs | last epoch: mean | difference | deviation | last five: mean |",
         "|---|---|---|---|---|---|---|",
     ]
-    rows = [(step, "as it is", folder.parent) for step in ("step3", "step4")]
-    rows += [(step, words, folder / name) for name, (step, words, _) in VARIANTS.items()]
     means = {}
-    for step, words, place in sorted(rows, key=lambda row: row[0]):
+    for name, (step, words, _) in VARIANTS.items():
+        place = folder / name
         runs = read_runs(step, place, SEEDS) if place.exists() else {}
         if not runs:
             lines.append(f"| {step[-1]} | {words} | 0 | | | | |")
             continue
         found = summarize(runs.values())
-        if place == folder.parent:
-            means[step] = found["mean"]
-        difference = f"{found['mean'] - means[step]:+.3f}" if step in means else ""
+        difference = found["mean"] - means.setdefault(step, found["mean"])
         deviation = show_deviation(found)
         lines.append(f"| {step[-1]} | {words} | {found['runs']} | {found['mean']:.3f} | "
-                     f"{difference} | {deviation} | {found['last_five']:.3f} |")
+                     f"{difference:+.3f} | {deviation} | {found['last_five']:.3f} |")
     return "\n".join([*lines, ""])
 
 
@@ -204,7 +210,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=VARIANTS, metavar="NAME",
                         help=f"make the runs of this one: {', '.join(VARIANTS)}")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=HERE / "variants")
     args, rest = parser.parse_known_args(argv)  # the rest is for the step
     if rest[:1] == ["--run"]:

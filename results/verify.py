@@ -2,10 +2,10 @@
 
     python results/verify.py
 
-Every stepN-seedS.pt is tested by the step's own code, as `--evaluate` does it. The count of
-correct images must be that of the last row of its csv: exactly on the machine that the first
-line of its log names, within two images elsewhere, where sums may be rounded otherwise.
-Step 1 is absent: its weights are too large to commit.
+The weights of every stepN-seedS.csv are tested by the step's own code, as `--evaluate` does it.
+The count of correct images must be that of the csv's last row: exactly on the kind of machine
+that the first line of the log names, within two images elsewhere, where sums may be rounded
+otherwise. Step 1 is absent where its weights are, which are too large to commit.
 """
 
 import argparse
@@ -63,12 +63,12 @@ def main(argv=None):
     parser.add_argument("folder", nargs="?", type=Path, default=HERE, help="results by default")
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
     args = parser.parse_args(argv)
-    files = sorted(
-        (path for path in args.folder.glob("step*-seed*.pt") if ".previous." not in path.name),
-        key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)],
-    )
+    names = {path.stem for path in args.folder.glob("step*-seed*.*") if path.suffix == ".pt"
+             or path.suffix == ".csv" and not path.name.startswith("step1")}
+    files = [args.folder / f"{name}.pt" for name in names if ".previous" not in name]
+    files.sort(key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
     if not files:
-        sys.exit(f"{args.folder}: expected weights named stepN-seedS.pt, found none")
+        sys.exit(f"{args.folder}: expected runs named stepN-seedS, found none")
     misses = 0
     for path in files:
         fine, words = verify(path, args.data_dir)
