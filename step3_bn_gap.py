@@ -76,8 +76,9 @@ test_transform = v2.Compose([  # separate: step 4 augments training images only
 def block(in_channels, out_channels):
     """Return a 3x3 convolution, ReLU, batch normalization and dropout of whole channels.
 
-    nn.Dropout, of single values, is not clearly more accurate (results/search/README.md,
-    results/fastpath/README.md) and takes twice the time (results/bench.md).
+    nn.Dropout, of single values, takes twice the time (results/bench.md), makes testing unstable
+    in step 3 (results/fastpath/README.md) and is not clearly more accurate in step 4
+    (results/search/README.md).
     """
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, bias=False),

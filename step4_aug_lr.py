@@ -14,7 +14,7 @@ Analysis
     Every epoch shows every digit rotated, sheared, scaled and shifted by other random amounts.
     Training accuracy is counted on these harder images, with dropout, while the weights still
     change, and so stays below the test accuracy. Tested alike, training images are 0.07 points
-    ahead of test images, about as little as in step 3 (results/overfitting.md), and both are
+    ahead of test images, in step 3 they were 0.10 ahead (results/overfitting.md), and both are
     classified better.
     The learning rate rises from 0.004 to 0.1, ten times that of step 3, and falls to almost
     nothing. What is tested and kept is a moving average of the weights, over about an epoch and
@@ -80,8 +80,9 @@ test_transform = v2.Compose([  # separate: step 4 augments training images only
 def block(in_channels, out_channels):
     """Return a 3x3 convolution, ReLU, batch normalization and dropout of whole channels.
 
-    nn.Dropout, of single values, is not clearly more accurate (results/search/README.md,
-    results/fastpath/README.md) and takes twice the time (results/bench.md).
+    nn.Dropout, of single values, takes twice the time (results/bench.md), makes testing unstable
+    in step 3 (results/fastpath/README.md) and is not clearly more accurate in step 4
+    (results/search/README.md).
     """
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, bias=False),

@@ -134,8 +134,8 @@ def test_readme_tells_the_results():
     assert f"its errors on 10,000 test images from {errors[0]} to {errors[1]} on average" in words
     row = rows["step4"]
     best = [max(run["test_accuracy"]) for run in RUNS["step4"].values()]
-    assert (f"Step 4 ends at {row['mean']:.2f} ± {row['deviation']:.2f}; the last five epochs of its "
-            f"{row['runs']} runs have a mean of {row['last_five']:.2f}, and none of these "
+    assert (f"Step 4 ends at {row['mean']:.2f} ± {row['deviation']:.2f}; the last five epochs of "
+            f"its {row['runs']} runs have a mean of {row['last_five']:.2f}, and none of these "
             f"{row['tail']} lies under {row['lowest']:.2f}.") in words
     assert f"the figure that others quote, is {max(best):.2f};" in words
     assert f"theirs between {min(best):.2f} and {max(best):.2f}." in words
@@ -203,6 +203,10 @@ def test_step4_tells_how_its_variants_went():
                         (9, "At epoch 9 it is at {:.2f} %")):
         figure = fmean(run["test_accuracy"][epoch] for run in RUNS["step4"].values())
         assert text.format(figure) in words
+    assert f"with the rate still at {RUNS['step4'][1]['learning_rate'][5]:.2f}" in words
+    row = table.summarize(RUNS["step4"].values())
+    assert (f"the last five epochs of all runs the mean is {row['last_five']:.2f} %, "
+            f"the lowest {row['lowest']:.2f} %") in words
     without = fmean(run["test_accuracy"][5] for run in runs["no-average"])
     assert f"runs without it are at {without:.2f} %" in words
     step3 = table.summarize(RUNS["step3"].values())
