@@ -15,20 +15,15 @@ from functools import partial
 from pathlib import Path
 
 from table import read_runs, show_deviation, summarize
-from torch import optim
-from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision.transforms import v2
+from torch.optim.lr_scheduler import OneCycleLR
 from variants import (
     HERE,
     ROOT,
     averaged_over,
-    both,
     constants,
     drop_single_values,
     load_step,
     new_net,
-    optimizer,
     run_all,
     without_nesterov,
 )
@@ -69,63 +64,17 @@ def affine(**ranges):
     return swap
 
 
-def decay_convolutions_only(parameters, weight_decay, **others):
-    """SGD that leaves the scale and shift of batch normalization out of weight decay."""
-    parameters = list(parameters)
-    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-              {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}]
-    return optim.SGD(groups, **others)
-
-
-def polynomial(optimizer, peak, total, pct_start, power=2, **_):
-    """A linear warm-up, then (what is left of the run) ** power."""
-    def factor(batch):
-        done = batch / total
-        return done / pct_start if done < pct_start else ((1 - done) / (1 - pct_start)) ** power
-    return LambdaLR(optimizer, factor)
-
-
-def ema(decay):
-    """Return a swap: the exponential moving average of weights that PyTorch has."""
-    def average(model, multi_avg_fn, **others):
-        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), **others)
-    return constants(AveragedModel=average)
-
-
-def documented(module):
-    """The documented recipe: SGD 0.01, StepLR(8, 0.1), its augmentation, nn.Dropout(0.03)."""
-    def steps(optimizer, rate, total, **_):
-        return LambdaLR(optimizer, lambda batch: 0.1 ** (15 * batch // total // 8))
-    constants(LEARNING_RATE=0.01, WEIGHT_DECAY=0.0, DROPOUT=0.03, OneCycleLR=steps)(module)
-    averaged_over(1)(module)
-    without_nesterov(module)
-    new_net(drop_single_values)(module)
-    module.train_transform = v2.Compose([
-        v2.ToDtype(module.torch.float32, scale=True),
-        v2.ColorJitter(0.4),
-        common.RandomAffine(degrees=7, shear=10, scale=(0.8, 1.2), translate=0.1),
-        common.RandomAffine(degrees=7, shear=0, scale=(1, 1), translate=0),
-        v2.Normalize(module.MEAN, module.STD),
-    ])
-
-
 TAKEN = "milder-affine"
 CANDIDATES = {  # name: (what differs from the first recipe, the swap)
     "first": ("nothing: 10°, shear 5, 0.9 to 1.1, shift 0.08", lambda module: None),
-    "documented": ("the documented recipe, all of it", documented),
     "no-average": ("no average of weights", averaged_over(1)),
     "average-500": ("average of weights over 500 batches at most", averaged_over(500)),
-    "ema-0.99": ("EMA of weights with decay 0.99", ema(0.99)),
     "average-200": ("average of weights over 200 batches at most", averaged_over(200)),
     "peak-0.2": ("peak 0.2", constants(LEARNING_RATE=0.2)),
     "peak-0.05": ("peak 0.05", constants(LEARNING_RATE=0.05)),
     "decay-0": ("no weight decay", constants(WEIGHT_DECAY=0.0)),
     "decay-1e-3": ("weight decay 1e-3", constants(WEIGHT_DECAY=1e-3)),
-    "decay-convolutions": ("weight decay on the convolutions alone",
-                           optimizer(decay_convolutions_only)),
     "no-nesterov": ("momentum without Nesterov", without_nesterov),
-    "adamw": ("AdamW 0.01, decay 0.05", both(constants(LEARNING_RATE=0.01), optimizer(
-        lambda parameters, lr, **_: optim.AdamW(parameters, lr, weight_decay=0.05)))),
     "no-dropout": ("no dropout", constants(DROPOUT=0.0)),
     "dropout": ("nn.Dropout instead of nn.Dropout2d", new_net(drop_single_values)),
     "wider-affine": ("the documented affine: 7°, shear 10, 0.8 to 1.2, shift 0.1", affine(
@@ -138,7 +87,6 @@ CANDIDATES = {  # name: (what differs from the first recipe, the swap)
     "more-shear": ("10°, shear 10, 0.9 to 1.1, shift 0.08", affine(shear=10)),
     "linear": ("linear anneal", constants(OneCycleLR=partial(
         OneCycleLR, anneal_strategy="linear"))),
-    "square": ("anneal (1 - t)^2", constants(OneCycleLR=polynomial)),
     "warm-up-0.3": ("warm-up 0.3 of the run", constants(WARM_UP=0.3)),
 }
 

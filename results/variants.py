@@ -95,12 +95,11 @@ def averaged_over(most):
     return constants(move_average=move_average)
 
 
-def optimizer(make):
-    """Return a swap: another optimizer, made from the model's parameters."""
-    return constants(optim=SimpleNamespace(SGD=make))
-
-
-without_nesterov = optimizer(lambda parameters, nesterov, **others: optim.SGD(parameters, **others))
+def without_nesterov(module):
+    """Train with momentum alone."""
+    def make(parameters, nesterov, **others):
+        return optim.SGD(parameters, **others)
+    constants(optim=SimpleNamespace(SGD=make))(module)
 
 
 def both(*swaps):
