@@ -21,6 +21,7 @@ DOCUMENTED = {  # the figures of the documented exercise: parameters, best train
     "step3": ("99.06", "99.16"),
     "step4": ("98.49", "99.52"),
 }
+OVERFITTING = (RESULTS / "overfitting.md").read_text(encoding="utf-8")
 RUNS = {name: table.read_runs(name) for name in STEPS}
 FIGURE = re.compile(r"(?<![\d.])\d\d\.\d\d(?![\d.])")
 
@@ -114,7 +115,7 @@ def test_docstrings_tell_the_first_epochs():
 
 def test_differences_in_percentage_points():
     """Price of step 2 and ahead in the docstrings are those of the runs."""
-    rows = re.findall(r"^\| (\d) \|(.*)\|$", (RESULTS / "overfitting.md").read_text(), re.M)
+    rows = re.findall(r"^\| (\d) \|(.*)\|$", OVERFITTING, re.M)
     ahead = {step: cells.split(" | ")[5] for step, cells in rows}
     means = [table.summarize(RUNS[name].values())["mean"] for name in ("step1", "step2")]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -145,6 +146,18 @@ def test_readme_tells_the_results():
                            ("step4-neither", "the mean is {:.2f}. Augmentation")):
         runs = table.read_runs(name[:5], RESULTS / "variants" / name)
         assert sentence.format(table.summarize(runs.values())["mean"]) in words
+
+
+def test_step1_tells_how_it_overfits():
+    words = " ".join(STEPS["step1"].__doc__.split())
+    runs = RUNS["step1"].values()
+    assert all(run["test_loss"].index(min(run["test_loss"])) == 5 for run in runs)
+    for column in ("train_loss", "test_loss"):
+        start, end = (fmean(run[column][epoch] for run in runs) for epoch in (5, 14))
+        assert f"({start:.4f} to {end:.4f})" in words
+        assert column == "test_loss" or round(start / end) == 8
+    [trained] = re.findall(r"^\| 1 \|.*?\|.*?\| (\S+) \|", OVERFITTING, re.M)
+    assert f"it knows {trained} % of its training images" in words
 
 
 def test_step2_tells_how_its_loss_settles():
@@ -218,12 +231,23 @@ def test_step4_tells_how_its_variants_went():
         strict=True, reason="best epochs 99.25 in testing and 99.92 in training")),
     "step2", "step3", "step4",
 ])
+def test_documented_figures_are_reached_by_seed_1(name):
+    assert_documented(name, [RUNS[name][1]])
+
+
+@pytest.mark.parametrize("name", STEPS)
 def test_documented_figures_are_reached(name):
-    """The best epochs of seed 1 are at or above the documented ones."""
-    run = RUNS[name][1]
-    assert max(run["test_accuracy"]) >= float(DOCUMENTED[name][1])
-    if name in ("step1", "step2"):
-        assert max(run["train_accuracy"]) >= float(DOCUMENTED[name][0])
+    assert_documented(name, RUNS[name].values())
+
+
+def assert_documented(name, runs):
+    """Assert that the best epochs of some runs are at or above the documented ones.
+
+    The training accuracy of steps 3 and 4 is no aim: it falls as regularization rises.
+    """
+    for column, figure in zip(("train_accuracy", "test_accuracy"), DOCUMENTED[name], strict=True):
+        if column == "test_accuracy" or name in ("step1", "step2"):
+            assert max(max(run[column]) for run in runs) >= float(figure)
 
 
 def test_step4_is_consistent():
