@@ -25,7 +25,6 @@ from variants import (
     load_step,
     new_net,
     run_all,
-    without_nesterov,
 )
 
 import common  # variants has put the root on the path
@@ -74,7 +73,6 @@ CANDIDATES = {  # name: (what differs from the first recipe, the swap)
     "peak-0.05": ("peak 0.05", constants(LEARNING_RATE=0.05)),
     "decay-0": ("no weight decay", constants(WEIGHT_DECAY=0.0)),
     "decay-1e-3": ("weight decay 1e-3", constants(WEIGHT_DECAY=1e-3)),
-    "no-nesterov": ("momentum without Nesterov", without_nesterov),
     "no-dropout": ("no dropout", constants(DROPOUT=0.0)),
     "dropout": ("nn.Dropout instead of nn.Dropout2d", new_net(drop_single_values)),
     "wider-affine": ("the documented affine: 7°, shear 10, 0.8 to 1.2, shift 0.1", affine(

@@ -183,11 +183,11 @@ def test_accuracy_against_time():
 @pytest.mark.parametrize("name", ["step3", "step4"])
 def test_docstrings_tell_what_each_ingredient_is_worth(name):
     """The table in the docstring has the last epochs of the step and of all its variants."""
-    places = {"as it is": RESULTS} | {
-        words: RESULTS / "variants" / variant
-        for variant, (step, words, _) in variants.VARIANTS.items() if step == name}
     rows = {}
-    for words, place in places.items():
+    for variant, (step, words, _) in variants.VARIANTS.items():
+        if step != name:
+            continue
+        place = RESULTS / "variants" / variant
         row = table.summarize(table.read_runs(name, place, variants.SEEDS).values())
         assert row["runs"] == len(variants.SEEDS), words
         rows[words] = f"{row['mean']:.2f} ± {row['deviation']:.2f} %"
