@@ -113,7 +113,7 @@ evidence: $(READY) data ## Train every run behind the figures into results/ (man
 	@$(MAKE) --no-print-directory seeds STEP=2 SEEDS="1 2 3 4 5" OUT=results
 	@$(MAKE) --no-print-directory seeds STEP=1 SEEDS="1 2" OUT=results
 
-scrap: # the runs that the targets below would take for finished; git keeps them
+scrap: ## Remove all runs in the folders of results/, which would count as finished (git has them)
 	rm -rf results/search/*/ results/fastpath/*/ results/variants/*/ results/times/*/
 
 results: scrap evidence search fastpath variants times overfitting bench graphs report ## Make everything in results/ anew (a day)
