@@ -40,7 +40,7 @@ Analysis
     the lower one; without dropout it ends at 99.53 %. Tested alike, training images are 0.10
     points ahead of test images; in step 2 they were 0.48 ahead (results/overfitting.md). Most
     of the overfitting is gone. What limits the network now is how well its weights are trained:
-    step 4 gets more out of the same layers.
+    step 4 gets more out of almost the same layers.
 
 Next
     Step 4 trains on images that are never the same twice, with less dropout, and lets the

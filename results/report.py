@@ -34,8 +34,8 @@ def make_report():
         "Each run of steps 1 to 4 left `stepN-seedS.log` (what it printed, with the machine and "
         "the version of torch in the first line), `.csv` (its history) and `.pt` (weights of the "
         "last epoch; step 1's are too large to keep here). `make verify` tests the weights. "
-        "Accuracies are in per cent of the 10,000 test images, which were tested after every "
-        "epoch of these runs. They chose no setting, only the best epochs.",
+        "Accuracies are in per cent of the 10,000 test images. They were tested after every "
+        "epoch of these runs, which tells the best epochs and chose no setting.",
     ]
     for step, title in TITLES.items():
         runs = read_runs(step)

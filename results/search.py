@@ -108,7 +108,7 @@ def make_report(folder):
         "",
         "In bold the recipe of step 4, taken because it is ahead of the first recipe and as plain. "
         "Most rows differ by no more than the seeds of one row do, so their order is largely "
-        "chance. nn.Dropout and peak 0.05 lie as far above the first recipe: the one takes twice "
+        "chance. nn.Dropout and peak 0.05 lie further above the first recipe: the one takes twice "
         "the time, of the other there was one run (99.450) at the time of the choice. A little "
         "dropout stays because the documented network has it. Shears are in degrees, shifts in "
         "parts of the image's side.",

@@ -81,8 +81,8 @@ def make_report(folder):
         "",
         "Test accuracy in per cent; seconds of training alone, mean of the runs; epochs are "
         "counted from 0; \"first\" is the mean of the runs that got there. Documented: PIL "
-        "transforms on every image in two processes, StepLR, nn.Dropout(0.03), fp32, not compiled. "
-        "Made by `results/times.py`.",
+        "transforms on every image in two processes (none are a little faster here, see bench.md), "
+        "StepLR, nn.Dropout(0.03), fp32, not compiled. Made by `results/times.py`.",
         "",
         f"| recipe | epochs | runs | last epoch: mean | deviation | seconds | first {BAR:.2f} |",
         "|---|---|---|---|---|---|---|",
