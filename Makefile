@@ -14,6 +14,7 @@ DATA = $(if $(findstring --data-dir,$(ARGS)),,data)
 FOUR := step1_setup.py step2_skeleton.py step3_bn_gap.py step4_aug_lr.py
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL:  # two trainings at once only wait for each other, and results needs its order
 .PHONY: help setup data step1 step2 step3 step4 all smoke seeds test kill fuzz diff lint \
 	bench verify overfitting report search fastpath variants times graphs evidence \
 	scrap results clean distclean FORCE

@@ -155,12 +155,12 @@ def get_data(data_dir, sources=(fetch_with_torchvision,)):
     Files that are there are left alone. What is fetched gets its place only when all four
     SHA-256 sums are right, so that an interrupted download never counts.
     """
-    raw = Path(data_dir, "MNIST", "raw")
-    others, tried = raw.is_dir() and any(raw.iterdir()), []
+    raw, tried = Path(data_dir, "MNIST", "raw"), []
     missing = [raw / name for name in MNIST_SHA256 if not (raw / name).exists()]
     if not missing:
         return
     check(not Path(f"{missing[0]}.gz").exists(), missing[0], "this file", "its .gz; gunzip it")
+    others = raw.is_dir() and any(raw.iterdir()) and not missing[0].exists()  # nobody brought it
     check(not others, missing[0], "this file", "only others; remove them to fetch all four")
     for fetch in sources:
         try:

@@ -21,7 +21,7 @@ Analysis
     a half in the end. Dropout is lower, weight decay is new, and so is Nesterov momentum, which
     takes the gradient where the momentum is about to lead. The second 1x1 convolution is that
     of the documented network: without a ReLU between them the two are one linear map, so the 460
-    parameters that they have more than one 1x1 can express nothing new, though they are trained
+    parameters by which they exceed a single 1x1 can express nothing new, though they are trained
     differently.
     What each is worth, left out alone, in the last epochs of three runs on one thread
     (results/variants/README.md):

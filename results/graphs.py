@@ -24,7 +24,7 @@ from matplotlib.patches import Rectangle  # noqa: E402
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
-from common import read_split  # noqa: E402
+from common import RandomAffine, read_split  # noqa: E402
 
 MODULES = {path.name.split("_")[0]: importlib.import_module(path.stem)
            for path in sorted(ROOT.glob("step*_*.py"))}
@@ -203,7 +203,7 @@ def draw_augmentation(args):
         for axis, image in zip(row, batch, strict=True):
             show(axis, image, rows[0].min(), rows[0].max())
         row[0].set_ylabel(name)
-    [affine] = (part for part in step.train_transform.transforms if hasattr(part, "shear"))
+    [affine] = (part for part in step.train_transform.transforms if isinstance(part, RandomAffine))
     low, high = affine.scale
     figure.suptitle(f"rotation up to {affine.degrees}°, shear up to {affine.shear}°, scale "
                     f"{low:g} to {high:g}, shift up to {affine.translate:g} of the side",

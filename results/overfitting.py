@@ -10,7 +10,6 @@ are too large for the repository.
 
 import argparse
 import importlib
-import re
 import sys
 from pathlib import Path
 from statistics import fmean, stdev
@@ -35,6 +34,16 @@ def test_both(module, weights, splits):
     return found
 
 
+def test_run(module, step, seed, run, folders, splits):
+    """Return test_both of the weights that a run left in one of some folders, None without."""
+    for file in (folder / f"{step}-seed{seed}.pt" for folder in folders):
+        if file.exists():
+            row = test_both(module, file, splits)
+            if abs(row[3] - run["test_accuracy"][-1]) < 0.03:  # else those of another run
+                return row
+    return None
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", nargs="+", type=Path, default=[HERE, ROOT / "runs"],
@@ -42,7 +51,8 @@ def main(argv=None):
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
     args = parser.parse_args(argv)
     report = HERE / "overfitting.md"
-    before = dict(re.findall(r"^\| (\d) (\|.*)$", report.read_text(encoding="utf-8"), re.M))
+    text = report.read_text(encoding="utf-8") if report.exists() else ""
+    before = {row[2]: row for row in text.splitlines() if row[2:3].isdigit()}
     splits = [common.read_split(args.data_dir, prefix) for prefix in ("train", "t10k")]
     lines = [
         "# How much each step overfits",
@@ -56,16 +66,11 @@ def main(argv=None):
     ]
     for script in sorted(ROOT.glob("step*.py")):
         step, module = script.stem.split("_")[0], importlib.import_module(script.stem)
-        found = []
-        for seed, run in read_runs(step).items():
-            for file in (folder / f"{step}-seed{seed}.pt" for folder in args.folder):
-                row = test_both(module, file, splits) if file.exists() else [0] * 4
-                if abs(row[3] - run["test_accuracy"][-1]) < 0.03:  # the weights of that run
-                    found.append(row)
-                    break
-        if len(found) < len(read_runs(step)):
-            print(f"step {step[-1]} keeps its row: weights are missing", file=sys.stderr)
-            lines.append(f"| {step[-1]} {before[step[-1]]}")
+        found = [test_run(module, step, seed, run, args.folder, splits)
+                 for seed, run in read_runs(step).items()]
+        if not found or None in found:
+            print(f"step {step[-1]} keeps the row it had: weights are missing", file=sys.stderr)
+            lines += [before[step[-1]]] if step[-1] in before else []
             continue
         differences = [row[1] - row[3] for row in found]
         deviation = f"{stdev(differences):.2f}" if len(found) > 1 else ""

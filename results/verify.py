@@ -5,7 +5,7 @@
 The weights of every stepN-seedS.csv are tested by the step's own code, as `--evaluate` does it.
 The count of correct images must be that of the csv's last row: exactly on the kind of machine
 that the first line of the log names, within two images elsewhere, where sums may be rounded
-otherwise. Step 1 is absent where its weights are, which are too large to commit.
+otherwise. Step 1 is left out unless its weights are there: they are too large to commit.
 """
 
 import argparse
