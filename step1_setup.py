@@ -27,8 +27,6 @@ Next
     Step 2 changes the network and nothing else.
 """
 
-import sys
-
 import torch
 from torch import nn, optim
 from torch.nn import functional as F
@@ -104,4 +102,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

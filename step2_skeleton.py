@@ -34,8 +34,6 @@ Next
     average pooling in the place of the 7x7, and dropout.
 """
 
-import sys
-
 import torch
 from torch import nn, optim
 from torch.nn import functional as F
@@ -111,4 +109,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -47,8 +47,6 @@ Next
     learning rate rise and then fall to almost nothing.
 """
 
-import sys
-
 import torch
 from torch import nn, optim
 from torch.nn import functional as F
@@ -132,4 +130,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -49,8 +49,6 @@ Analysis
     overfitting, and of that step 3 has left little.
 """
 
-import sys
-
 import torch
 from torch import nn, optim
 from torch.nn import functional as F
@@ -160,4 +158,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
