@@ -118,7 +118,7 @@ def train(model, loader, optimizer, args, scheduler=None, average=None):
             scheduler.step()
         if average:
             average.update_parameters(model)
-        losses.append(loss.detach().float() * len(images))
+        losses.append(loss.detach() * len(images))
         correct += (output.argmax(dim=1) == labels).sum()
         seen += len(images)
         if batch % 20 == 0 or seen == len(loader.labels):  # reading figures waits for the device

@@ -117,7 +117,7 @@ class Net(nn.Module):
 
     def forward(self, images):
         logits = self.layers(images).flatten(1)  # Nx10x1x1 to Nx10
-        return F.log_softmax(logits, dim=1)
+        return F.log_softmax(logits, dim=1, dtype=torch.float32)
 
 
 def move_average(averages, weights, batches):
