@@ -28,10 +28,7 @@ MNIST_SHA256 = "5f617ad9c21210b06a84523faa989821d0a8990220a212a11ee8fb720bfd5317
 
 
 class Loader:
-    """Cuts images (uint8 N×1×28×28) and labels (int64 N) into batches; transforms whole batches.
-
-    torch's DataLoader transforms image by image; for small networks that takes most of the time.
-    """
+    """Cuts images (uint8 N×1×28×28) and labels (int64 N) into batches; transforms whole batches."""
 
     def __init__(self, images, labels, transform, batch_size, shuffle):
         self.images, self.labels, self.transform = images, labels, transform
@@ -42,6 +39,7 @@ class Loader:
 
     def __iter__(self):
         order = torch.randperm(len(self.images)) if self.shuffle else torch.arange(len(self.images))
+        # Whole batches: one image at a time (as torch's DataLoader) takes longer than the training.
         for chosen in order.to(self.images.device).split(self.batch_size):
             yield self.transform(self.images[chosen]), self.labels[chosen]
 
@@ -73,11 +71,10 @@ class RandomAffine:
         return F.grid_sample(images, grid, align_corners=False)
 
 
-def train(model, loader, optimizer, args, scheduler=None, average=None):
+def train(model, loader, optimizer, args, scheduler=None):
     """Train for one epoch, print its line, return (mean loss, accuracy in per cent, seconds).
 
-    `model` takes float32 B×1×28×28 and returns log-probabilities B×10. `scheduler` steps and
-    `average` (an AveragedModel) takes in the weights after every batch.
+    `model`: float32 B×1×28×28 to log-probabilities B×10. `scheduler`: steps after every batch.
     Loss and accuracy are measured along the way: with dropout, on augmented images, while the
     weights still change. So the test at the end of an epoch can come out better.
     """
@@ -96,8 +93,6 @@ def train(model, loader, optimizer, args, scheduler=None, average=None):
         optimizer.step()
         if scheduler:
             scheduler.step()
-        if average:
-            average.update_parameters(model)
         losses.append(loss.detach() * len(images))
         correct += (output.argmax(dim=1) == labels).sum()
         seen += len(images)
@@ -244,8 +239,7 @@ def download(npm=False):
 def prepare(model, args):
     """Bring `model` to the device, print its summary, return it or a compiled copy.
 
-    Large networks are not compiled: convolutions take nearly all of their time, and compiling does
-    not make those faster. With --evaluate it loads the weights.
+    Large networks spend their time in convolutions, which compiling does not make faster.
     Sources: PyTorch documentation, pages "torch.compile" and "Channels Last Memory Format".
     """
     if args.evaluate:
@@ -306,6 +300,8 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         sys.stdout = self.stdout
+        for unfinished in self.args.out.glob(f"{self.prefix.name}.*.tmp"):
+            unfinished.unlink()
         if kind is KeyboardInterrupt:
             print(f"\nInterrupted. {self.advice}", file=sys.stderr)
             sys.exit(130)
@@ -322,12 +318,12 @@ class Run:
         self.generators = [torch] if on_cpu else [torch, torch.get_device_module(args.device)]
         names = "script epochs batch_size seed device threads precision compile data".split()
         self.settings = {"torch": str(torch.__version__)} | {n: str(vars(args)[n]) for n in names}
-        log = Path(f"{self.prefix}.log")
         if args.resume:
             self.restore()
         elif not args.smoke:
             args.out.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=args.out).close()  # fails now, not after an epoch
+            log = Path(f"{self.prefix}.log")
             if log.exists() and b"Last Test Accuracy" in log.read_bytes():  # it was finished
                 for suffix in (".ckpt", ".csv", ".pt", ".log"):
                     if Path(f"{self.prefix}{suffix}").exists():
@@ -337,10 +333,9 @@ class Run:
 
     def record(self, train_loss, train_accuracy, seconds, test_loss, test_accuracy):
         """Keep the epoch that has just ended: losses are means, accuracies in per cent."""
-        rate = self.optimizer.param_groups[0]["lr"]
-        figures = train_loss, train_accuracy, test_loss, test_accuracy, rate, seconds
-        row = "{},{:.6f},{:.2f},{:.6f},{:.2f},{:.6g},{:.2f}".format(len(self.rows), *figures)
-        self.rows.append(row)
+        lr = self.optimizer.param_groups[0]["lr"]
+        figures = len(self.rows), train_loss, train_accuracy, test_loss, test_accuracy, lr, seconds
+        self.rows.append("{},{:.6f},{:.2f},{:.6f},{:.2f},{:.6g},{:.2f}".format(*figures))
         if len(self.rows) == self.args.epochs:
             tested = [float(row.split(",")[4]) for row in self.rows]
             print(f"Best Test Accuracy: {max(tested):.2f} (Epoch {tested.index(max(tested))})")
@@ -365,12 +360,9 @@ class Run:
             if not isinstance(content, bytes):
                 torch.save(content, buffer)
                 content = buffer.getvalue()
-            try:
-                with one_line(f"{self.advice} {self.prefix}{suffix} cannot be written"):
-                    temporary.write_bytes(content)
-                    os.replace(temporary, f"{self.prefix}{suffix}")
-            finally:
-                temporary.unlink(missing_ok=True)
+            with one_line(f"{self.advice} {self.prefix}{suffix} cannot be written"):
+                temporary.write_bytes(content)
+                os.replace(temporary, f"{self.prefix}{suffix}")
 
     def restore(self):
         """Go back to the end of the last epoch in the checkpoint; exit with 1 if that cannot be."""

@@ -101,10 +101,11 @@ def main(argv=None):
         scheduler = OneCycleLR(optimizer, LEARNING_RATE, args.epochs * len(train_loader),
                                pct_start=WARM_UP, cycle_momentum=False)  # momentum stays at 0.9
         average = AveragedModel(model, multi_avg_fn=move_average, use_buffers=True)
+        optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
         for epoch in run.epochs(model, optimizer, scheduler, average):  # --resume: only the rest
             print(f"EPOCH: {epoch}")
             train_loss, train_accuracy, seconds = train(
-                model, train_loader, optimizer, args, scheduler, average)
+                model, train_loader, optimizer, args, scheduler)
             test_loss, test_accuracy = test(average, test_loader)
             run.record(train_loss, train_accuracy, seconds, test_loss, test_accuracy)
 
