@@ -266,7 +266,7 @@ def prepare(model, args):
             model, args.compile = compiled, "compiled"
         except Exception as error:
             cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir() + "/torchind*")
-            args.compile += f" (if it worked before, delete {cache}; {' '.join(str(error).split())[:99]})"
+            args.compile += f" (if it did before, delete {cache}; {' '.join(str(error).split())[:99]})"
     print(f"Settings: epochs {args.epochs}, batch size {args.batch_size}, seed {args.seed}, "
           f"{args.precision}, {args.compile}")
     return model

@@ -82,7 +82,7 @@ class Net(nn.Module):
 
 
 def move_average(averages, weights, batches):
-    """Average over about the last tenth of the batches; Shamir and Zhang (2013), section 4."""
+    """Average over about the last tenth of the batches (Shamir and Zhang, 2013)."""
     for average, current in zip(averages, weights, strict=True):
         average.copy_(average + (current - average) / (1 + batches / 10))
 
