@@ -266,7 +266,7 @@ def prepare(model, args):
             model, args.compile = compiled, "compiled"
         except Exception as error:
             cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir() + "/torchind*")
-            args.compile += f" (if it did before, delete {cache}; {' '.join(str(error).split())[:99]})"
+            args.compile += f" (if it worked before, delete {cache}; {str(error)[:150]!r})"
     print(f"Settings: epochs {args.epochs}, batch size {args.batch_size}, seed {args.seed}, "
           f"{args.precision}, {args.compile}")
     return model
@@ -313,7 +313,8 @@ class Run:
         self.parts = [part for part in (model, optimizer, scheduler, average) if part is not None]
         self.kept_model, self.optimizer = average.module if average else model, optimizer
         self.generators = [torch] if on_cpu else [torch, torch.get_device_module(args.device)]
-        names = "script epochs batch_size seed device threads precision compile data torch".split()
+        names = ["script", "epochs", "batch_size", "seed", "device", "threads", "precision",
+                 "compile", "data", "torch"]
         self.settings = {name: str(vars(args)[name]).partition(" (")[0] for name in names}
         if args.resume:
             self.restore()
@@ -325,8 +326,7 @@ class Run:
                 for suffix in (".ckpt", ".csv", ".pt", ".log"):
                     if Path(f"{self.prefix}{suffix}").exists():
                         os.replace(f"{self.prefix}{suffix}", f"{self.prefix}.previous{suffix}")
-        for epoch in range(len(self.rows), args.epochs):
-            yield epoch
+        yield from range(len(self.rows), args.epochs)
 
     def record(self, train_loss, train_accuracy, seconds, test_loss, test_accuracy):
         """Add the epoch that has just ended: losses are means, accuracies in per cent."""
