@@ -1,10 +1,7 @@
-"""Small IDX folders to train on, and the steps both as modules and as commands."""
+"""Small IDX folders to train on, and the four steps as modules."""
 
 import importlib
-import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,25 +35,16 @@ def write_data(folder, train=300, test=100):
     return folder
 
 
-def command(step, *args):
-    """Return the command line of a step, "step1" to "step4"."""
-    return [sys.executable, str(SCRIPTS[step]), *map(str, args)]
-
-
-def run(step, *args, **options):
-    """Run a step as a process of its own and return it, finished, with its output as text."""
-    options = {"capture_output": True, "text": True, "encoding": "utf-8"} | options
-    environment = os.environ | options.pop("env", {})
-    return subprocess.run(command(step, *args), env=environment, timeout=120, **options)
-
-
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """A folder with 300 training and 100 test images; do not change it."""
     return write_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture(params=STEPS)
-def step(request):
-    """Each step in turn, as a module."""
-    return STEPS[request.param]
+@pytest.fixture(autouse=True)
+def one_thread():
+    """One thread is faster than two on networks and batches this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,227 @@
+"""Run the experiments behind the tables of results/README.md; keep their histories in one csv.
+
+    python results/experiments.py [EXPERIMENT ...] [--only VARIANT ...] [--seeds 1 2 3] [--jobs 2]
+
+Each run is a step of this project in a process of its own, after something was changed in its
+module. All variants are run with seed 1, then all with seed 2, and so on. When a run ends, its
+rows go into experiments.csv; runs that are in there are skipped, so call this again after an
+interruption. The csv also holds `search`, `variants` and `fastpath`, made with recipe D.
+"""
+
+import argparse
+import importlib
+import io
+import multiprocessing
+import os
+import sys
+import tempfile
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from report import EXPERIMENTS, ROOT, SCRIPTS, read_log, read_rows, write_rows
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+from torchvision import transforms
+
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+
+# ------------------------------------------------ changes: functions that alter a step's module
+
+
+def constants(**values):
+    """Return a change: other values under names that the module has."""
+    def change(module):
+        assert values.keys() <= vars(module).keys(), f"{module.__name__} lacks one of {[*values]}"
+        vars(module).update(values)
+    return change
+
+
+def edited(name, edit):
+    """Return a change: edit(what the module's function or class of this name returns)."""
+    def change(module):
+        make = vars(module)[name]
+        vars(module)[name] = lambda *args: edit(make(*args))
+    return change
+
+
+def hold_out(loaders):
+    """Train on the first 5/6 of the training images, 50,000, and test on the other 10,000."""
+    images, labels = loaders[0].images, loaders[0].labels
+    size = len(labels) * 5 // 6
+    loaders[0].images, loaders[1].images = images[:size], images[size:]
+    loaders[0].labels, loaders[1].labels = labels[:size], labels[size:]
+    return loaders
+
+
+def leave_plain(module):
+    """Train on images as they are tested, without augmentation."""
+    module.train_transform = module.test_transform
+
+
+def transform_slowly(module):
+    """Let PIL transform the training images one by one, as was documented."""
+    transform = transforms.Compose([
+        transforms.ToPILImage(),
+        transforms.ColorJitter(0.4),
+        transforms.RandomAffine(7, shear=10, translate=(0.1, 0.1), scale=(0.8, 1.2)),
+        transforms.RandomRotation(7),
+        transforms.ToTensor(),
+        transforms.Normalize(module.MEAN, module.STD),
+    ])
+    module.train_transform = lambda images: torch.stack([transform(image) for image in images])
+
+
+def end_in(kernel_size):
+    """Return an edit: one convolution, 20 to 10, in the place of a network's last two layers."""
+    def edit(net):
+        net.layers = net.layers[:-2].append(nn.Conv2d(20, 10, kernel_size, bias=False))
+        return net
+    return edit
+
+
+def initialize(layer):
+    """Draw the weights of a convolution as He et al. (2015) do where a ReLU follows."""
+    if isinstance(layer, nn.Conv2d):
+        nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+
+
+def schedule(rate, factor=lambda batch: 1):
+    """Return a change: the learning rate is rate * factor(batch)."""
+    return constants(LEARNING_RATE=rate, OneCycleLR=lambda optimizer, *_, **__: LambdaLR(
+        optimizer, factor))
+
+
+def recipe(weight_decay=0.0, averaged=False, nesterov=False):
+    """Return a change: train step 4 with these settings of SGD, whatever those of the script are.
+
+    With `averaged`, what is tested is a moving average of the weights, which reaches back over a
+    tenth of the batches so far (Shamir and Zhang, 2013, "polynomial-decay averaging").
+    """
+    def change(module):
+        tested = []  # from the first training pass on: the network to test
+
+        def average(mean, weights, batches):
+            return mean + (weights - mean) / (1 + batches / 10)
+
+        def train(model, loader, optimizer, *others):
+            if not tested:
+                optimizer.param_groups[0].update(weight_decay=weight_decay, nesterov=nesterov)
+                twin = AveragedModel(model, avg_fn=average, use_buffers=True)
+                optimizer.register_step_post_hook(lambda *_: twin.update_parameters(model))
+                tested.append(twin if averaged else model)
+            return common.train(model, loader, optimizer, *others)
+
+        constants(train=train, test=lambda _, loader: common.test(tested[0], loader))(module)
+    return change
+
+
+class Variant(NamedTuple):
+    """One line of a table: where it stands, its words, and what is run, how and how often."""
+
+    experiment: str
+    name: str
+    step: int
+    seeds: range
+    changes: tuple = ()
+    flags: tuple = ()
+    recipe: str = ""  # of step 4, by its letter; "": the script's own
+
+
+SCRIPT_RECIPE = "D"  # that of step4_aug_lr.py
+RECIPES = {"A": recipe(), "B": recipe(5e-4), "C": recipe(5e-4, averaged=True),
+           "D": recipe(5e-4, averaged=True, nesterov=True)}
+THREE, FIVE = range(1, 4), range(1, 6)  # seeds
+EAGER = ("--fp32", "--no-compile")
+HELD_OUT = edited("get_loaders", hold_out)
+HE = edited("Net", lambda net: net.apply(initialize))
+NO_BATCH_NORM = edited("block", lambda block: nn.Sequential(*block[:2], block[3]))
+DOCUMENTED = (recipe(), transform_slowly,
+              schedule(0.01, lambda batch: 0.1 ** (batch // (8 * 469))),  # after eight epochs
+              edited("block", lambda block: nn.Sequential(*block[:3], nn.Dropout(block[3].p))))
+VARIANTS = [
+    *(Variant("candidates", letter, 4, range(1, 13), (HELD_OUT, change), recipe=letter)
+      for letter, change in RECIPES.items()),
+    Variant("ingredients", "as it is", 2, FIVE),
+    Variant("ingredients", "He initialization", 2, FIVE, (HE,)),
+    Variant("ingredients", "as it is", 3, FIVE),
+    Variant("ingredients", "no batch normalization", 3, FIVE, (NO_BATCH_NORM,)),
+    Variant("ingredients", "no dropout", 3, FIVE, (constants(DROPOUT=0.0),)),
+    Variant("ingredients", "6x6 convolution, no GAP, no 1x1", 3, FIVE, (edited("Net", end_in(6)),)),
+    Variant("ingredients", "as it is", 4, FIVE),
+    Variant("ingredients", "no augmentation", 4, FIVE, (leave_plain,)),
+    Variant("ingredients", "no schedule: 0.01 as in step 3", 4, FIVE, (schedule(0.01),)),
+    Variant("ingredients", "no schedule: 0.1, its peak", 4, FIVE, (schedule(0.1),)),
+    Variant("ingredients", "dropout 0.1", 4, FIVE, (constants(DROPOUT=0.1),)),
+    Variant("ingredients", "one 1x1 20 to 10, no second", 4, FIVE, (edited("Net", end_in(1)),)),
+    *(Variant("precision", name, step, THREE, (HELD_OUT,), flags) for step in (3, 4)
+      for name, flags in (("as it chooses", ()), ("fp32, not compiled", EAGER))),
+    *(Variant("times", f"{epochs} epochs", 4, THREE, (), (f"--epochs={epochs}",))
+      for epochs in (3, 5, 8)),
+    Variant("times", "documented", 4, range(1, 2), DOCUMENTED, EAGER, "A"),
+]
+NAMES = list(dict.fromkeys(variant.experiment for variant in VARIANTS))
+
+
+def key_of(variant, seed):
+    """Return what tells this run from all others, in its rows: a dict of str by column."""
+    letter = variant.recipe or SCRIPT_RECIPE if variant.step == 4 else ""
+    return {"experiment": variant.experiment, "recipe": letter, "variant": variant.name,
+            "step": str(variant.step), "seed": str(seed)}
+
+
+def make_run(job):
+    """Train one run in a process that runs nothing else; job: index in VARIANTS, seed, data folder.
+
+    Returns how it ended (str) and its rows for the csv (list of dicts, empty if it failed).
+    """
+    number, seed, data_dir = job
+    variant, output = VARIANTS[number], io.StringIO()
+    key = key_of(variant, seed)
+    module = importlib.import_module(SCRIPTS[key["step"]])
+    for change in variant.changes:
+        change(module)
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(output), redirect_stderr(output):
+        flags = *variant.flags, f"--seed={seed}", f"--data-dir={data_dir}", f"--out={folder}"
+        try:
+            module.main(flags)
+        except (Exception, SystemExit) as error:  # the other runs go on
+            return f"{', '.join(key.values())}: FAILED: {error!r}", []
+        [path] = Path(folder).glob("*.csv")
+        logged = read_log(path.with_suffix(".log").read_text("utf-8"))
+        logged["data"] = "heldout" if HELD_OUT in variant.changes else "full"
+        rows = [key | row | logged for row in read_rows(path)]
+    return f"{', '.join(key.values())}: last epoch {rows[-1]['test_accuracy']}", rows
+
+
+def main():
+    """Read the command line, make the runs and add each to the csv."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("experiments", nargs="*", choices=NAMES, metavar="EXPERIMENT", help=f"of {NAMES}")
+    add("--only", nargs="+", metavar="VARIANT", help="names of variants")
+    add("--seeds", nargs="+", type=int, metavar="SEED", help="some of those of the list")
+    add("--jobs", type=int, default=2, help="runs at a time, on one thread each")
+    add("--data-dir", type=Path, default=ROOT / "data", help="folder that holds MNIST/raw")
+    args = parser.parse_args()
+    done = [{name: row[name] for name in key_of(VARIANTS[0], 1)} for row in read_rows(EXPERIMENTS)]
+    for timed, workers in ((False, args.jobs), (True, 1)):  # timed: one at a time, on all cores
+        jobs = [(number, seed, args.data_dir) for seed in args.seeds or range(1, 13)
+                for number, variant in enumerate(VARIANTS) if seed in variant.seeds
+                and variant.experiment in (args.experiments or NAMES)
+                and variant.name in (args.only or [variant.name])
+                and (variant.experiment == "times") == timed and key_of(variant, seed) not in done]
+        print(f"{len(jobs)} runs to make, {workers} at a time", flush=True)
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads()) if timed else "1"
+        with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
+            for words, rows in pool.imap_unordered(make_run, jobs):
+                print(words, flush=True)
+                if rows:
+                    write_rows(EXPERIMENTS, read_rows(EXPERIMENTS) + rows)
+
+
+if __name__ == "__main__":
+    main()
