@@ -40,11 +40,10 @@ def draw_curves():
             axis.fill_between(range(len(epochs)), list(map(min, epochs)), list(map(max, epochs)),
                               color=colour, alpha=0.2, linewidth=0)
         words = column.replace("_", " ").replace("train", "training")
-        axis.set(title=words.replace("accuracy", "errors, %"), yscale="log")
+        axis.set(title=words.replace("accuracy", "errors, %"), xlabel="epoch", yscale="log")
         axis.set_yticks(ticks, map(str, ticks))
         axis.set_ylim(ticks[0], ticks[-1])
         axis.minorticks_off()
-    axes[0, 0].axhline(2.303, color="grey", linewidth=0.8)  # ln 10, the loss of guessing
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
@@ -71,8 +70,8 @@ def draw_drilldown():
 
 def draw_model():
     """Draw the layers of the final model: a stack of feature maps each, and its figures below."""
-    figure, net = plt.figure(figsize=(8.5, 2.3), layout="none"), STEPS["4"].Net().eval()
-    axis = figure.add_axes((0, 0, 1, 1), xlim=(-38, 812), ylim=(-145, 75))
+    figure, net = plt.figure(figsize=(8.5, 2.5), layout="none"), STEPS["4"].Net().eval()
+    axis = figure.add_axes((0, 0, 1, 1), xlim=(-38, 812), ylim=(-165, 75))
     axis.axis("off")
     image, field, jump = torch.zeros(1, 1, 28, 28), 1, 1
     for column, layer in enumerate([nn.Identity(), *net.layers]):
@@ -87,7 +86,7 @@ def draw_model():
                                          facecolor="#deebf7", edgecolor="#4a6a94"))
         names = [type(part).__name__.replace("2d", "") for part in parts] if column else ["input"]
         names[0] += f" {size}×{size}" * (column > 0)
-        words = [f"{side}×{side}×{channels}", f"{count:,} param.", f"RF {field}", "", *names]
+        words = [f"{side}×{side}×{channels}", f"{count:,}\nparameters", f"RF {field}", "", *names]
         axis.text(77 * column, -12, "\n".join(words), ha="center", va="top", fontsize=7.5)
     return figure
 
