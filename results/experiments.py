@@ -158,7 +158,7 @@ VARIANTS = [
     Variant("ingredients", "dropout 0.1", 4, FIVE, (constants(DROPOUT=0.1),)),
     Variant("ingredients", "one 1x1 20 to 10, no second", 4, FIVE, (edited("Net", end_in(1)),)),
     *(Variant("precision", name, step, THREE, (HELD_OUT,), flags) for step in (3, 4)
-      for name, flags in (("as it chooses", ()), ("fp32, not compiled", EAGER))),
+      for name, flags in (("as it chooses", ()), ("fp32", ("--fp32",)))),
     *(Variant("times", f"{epochs} epochs", 4, THREE, (), (f"--epochs={epochs}",))
       for epochs in (3, 5, 8)),
     Variant("times", "documented", 4, range(1, 2), DOCUMENTED, EAGER, "A"),
