@@ -201,7 +201,7 @@ def main():
     """Read the command line, make the runs and add each to the csv."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("experiments", nargs="*", choices=NAMES, metavar="EXPERIMENT", help=f"of {NAMES}")
+    add("experiments", nargs="*", default="all", choices=[*NAMES, "all"], help="tables")
     add("--only", nargs="+", metavar="VARIANT", help="names of variants")
     add("--seeds", nargs="+", type=int, metavar="SEED", help="some of those of the list")
     add("--jobs", type=int, default=2, help="runs at a time, on one thread each")
@@ -211,7 +211,7 @@ def main():
     for timed, workers in ((False, args.jobs), (True, 1)):  # timed: one at a time, on all cores
         jobs = [(number, seed, args.data_dir) for seed in args.seeds or range(1, 13)
                 for number, variant in enumerate(VARIANTS) if seed in variant.seeds
-                and variant.experiment in (args.experiments or NAMES)
+                and (variant.experiment in args.experiments or "all" in args.experiments)
                 and variant.name in (args.only or [variant.name])
                 and (variant.experiment == "times") == timed and key_of(variant, seed) not in done]
         print(f"{len(jobs)} runs to make, {workers} at a time", flush=True)

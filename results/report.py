@@ -156,7 +156,7 @@ def to_table(rows, columns, measures, reference=None):
                     and other.split(" | ")[-1] == reference]
         cells = [to_cell(name, runs, compared[0] if compared else {}) for name in measures]
         lines.append(" | ".join([words, *cells]))
-        for seed, run in runs.items():
+        for seed, run in runs.items() if words != "all" else ():
             row, name = run["row"], ", ".join(word for word in words.split(" | ") if word)
             machine = ", ".join(f"{column} {row[column]}" for column in LOGGED if column in row)
             machines.setdefault(f"- {machine}: ", {}).setdefault(name, []).append(seed)
