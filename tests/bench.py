@@ -1,10 +1,7 @@
-"""Measure the speed of the suite: ratios of times that were taken in turn, in one run.
+"""Measure ratios of times, taken in turn in one run: python tests/bench.py [ROUNDS].
 
-    python tests/bench.py [ROUNDS]    writes results/bench.md; about half an hour
-
-Every figure comes from real runs of two epochs on the first 7,680 images of MNIST: the seconds
-of the second epoch, as the csv tells them. Only ratios are claimed: absolute times change from
-machine to machine and from minute to minute.
+A time is the seconds of the second epoch of a real run on the first 7,680 images of MNIST, as
+its csv tells them. Writes results/bench.md and takes about half an hour.
 """
 
 import importlib

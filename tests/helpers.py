@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import re
-import runpy
 import sys
 from pathlib import Path
 
@@ -44,35 +43,37 @@ def history(run):
     return csv, log, {name: tensor.tolist() for name, tensor in weights.items()}
 
 
-def start(folder, script, *args, stdout="stdout", stderr="stderr", limit=None, **variables):
-    """Start a script that prints to files in `folder`, or to an open connection; return it.
+def start(folder, script, *args, stdout=None, stderr=None, limit=None, **variables):
+    """Start a script and return its process; `limit`: bytes that a file may have.
 
-    `limit`: bytes that a file may have; `variables`: of its environment.
+    It prints to `stdout` and `stderr`, or to files of these names in `folder`.
     """
     folder.mkdir(exist_ok=True)
-    outputs = folder / stdout if isinstance(stdout, str) else stdout, folder / stderr
+    for name in ("stdout", "stderr"):
+        (folder / name).write_text("")
+    outputs = stdout or folder / "stdout", stderr or folder / "stderr"
     process = PROCESSES.Process(target=be_script, args=(script, args, *outputs, limit, variables))
     process.start()
     return process
 
 
 def be_script(script, args, stdout, stderr, limit, variables):
-    """Be the process that runs a script."""
+    """Be the process that runs a script, as with PYTHONOPTIMIZE=2: there are no docstrings."""
     os.environ.update(variables)
     torch.set_num_threads(1)
     if limit:
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    target = stdout if isinstance(stdout, Path) else os.dup(stdout.fileno())
-    sys.stdout = open(target, "w", encoding=variables.get("PYTHONIOENCODING", "utf-8"))  # noqa: SIM115
-    sys.stderr = stderr.open("w", encoding="utf-8", buffering=1)
+    target, encoding = getattr(stdout, "fileno", lambda: stdout), variables.get("PYTHONIOENCODING")
+    sys.stdout = open(target(), "w", encoding=encoding or "utf-8")  # noqa: SIM115
+    sys.stderr = open(stderr, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
     sys.argv[:] = [str(script), *map(str, args)]
     sys.path.insert(0, str(script.parent))
-    runpy.run_path(str(script), run_name="__main__")
+    names = {"__name__": "__main__", "__file__": str(script)}
+    exec(compile(script.read_bytes(), script, "exec", optimize=2), names)
 
 
 def finish(process, folder):
     """Wait for a process; return its exit status and what it printed to files in `folder`."""
     process.join()
-    paths = folder / "stdout", folder / "stderr"
-    return process.exitcode, *(path.read_text("utf-8") if path.exists() else "" for path in paths)
+    return process.exitcode, *((folder / it).read_text("utf-8") for it in ("stdout", "stderr"))

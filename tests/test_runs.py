@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import itertools
 import os
 import pickle
 import random
@@ -40,16 +41,9 @@ def out(finished, tmp_path):
 
 def interrupt(step, args, epochs=0):
     """Run a step; press Ctrl-C after `epochs` epochs and the training of another one."""
-    left, test = [None] * epochs, step.test
-
-    def stop_or_test(*args):
-        if not left:
-            raise KeyboardInterrupt
-        left.pop()
-        return test(*args)
-
+    tests = [lambda *_: signal.raise_signal(signal.SIGINT), *[step.test] * epochs]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="^130$"):
-        patch.setattr(step, "test", stop_or_test)
+        patch.setattr(step, "test", lambda *args: tests.pop()(*args))
         step.main(args)
 
 
@@ -70,35 +64,34 @@ def test_resumed_run_is_the_run_never_stopped(name, data_dir, tmp_path):
     assert (tmp_path / "link").read_bytes() == csv
 
 
-def test_kills_at_random_moments(data_dir, tmp_path):
-    """Half of them hit a run that is writing. KILLS=50 in the environment asks for more than 3."""
-    script, args = SCRIPTS["step4"], flags(data_dir, tmp_path / "out", "--batch-size", 30)
-    run, peace = tmp_path / "out" / RUN4, tmp_path / "peace" / RUN4
-    for more in (["--smoke"], ["--out", peace.parent]):  # the first starts the server
-        begin = time.monotonic()
-        status, *_ = finish(start(tmp_path, script, *args, *more), tmp_path)
-    duration, least, kills, wanted = time.monotonic() - begin, 0, 0, int(os.environ.get("KILLS", 3))
-    while status or kills < wanted:
+@unix
+def test_kills_and_ctrl_c_at_random_moments(data_dir, tmp_path):
+    """KILLS=50 in the environment asks for more than three."""
+    numbers = [signal.SIGINT, *[signal.SIGKILL] * int(os.environ.get("KILLS", 3)), None]
+    run, peace, least = tmp_path / "out" / RUN4, tmp_path / "peace" / RUN4, 0
+    args = flags(data_dir, run.parent, "--epochs", 2 * len(numbers))
+    STEPS["step4"].main([*args, "--out", str(peace.parent)])
+    for number in numbers:
         resume = ["--resume"] * Path(f"{run}.ckpt").exists()
-        process = start(tmp_path, script, *args, *resume)
-        process.join(random.uniform(0, duration) if kills < wanted else None)
-        in_writing = random.random() < 0.5
-        while in_writing and process.is_alive() and not list(run.parent.glob("*.tmp")):
-            time.sleep(0.0005)
-        process.kill()  # one that has ended does not mind
+        process = start(tmp_path, SCRIPTS["step4"], *args, *resume)
+        begun = f"EPOCH: {least + random.randrange(3)}\n"
+        while number and process.is_alive() and begun not in (tmp_path / "stdout").read_text():
+            time.sleep(0.001)
+        process.join(random.uniform(0, 0.1) if number else None)  # an epoch takes about as long
+        if process.is_alive():
+            os.kill(process.pid, number)
         status, printed, message = finish(process, tmp_path)
+        assert status == {None: 0, signal.SIGINT: 130, signal.SIGKILL: -9}[number], message
+        assert number != signal.SIGINT or (str(run) in message and message.strip().isprintable())
         epochs = [int(epoch) for epoch in re.findall(r"EPOCH: (\d+)", printed)]
-        assert status <= 0 and min(epochs, default=least) >= least, message
-        kills, least = kills + (status < 0), max(epochs, default=least)
-        if status == 0:
-            assert history(run) == history(peace) and len(read_all(run.parent)) == 4
-            shutil.rmtree(run.parent)
-            least = 0
+        assert epochs[0] >= least, message
+        least = epochs[-1]
+    assert history(run) == history(peace) and len(read_all(run.parent)) == 4
 
 
 @pytest.mark.parametrize("change", [
     "--epochs=5", "--batch-size=64", "--seed=2", "--data-dir=other", "--fp32", "--no-compile",
-    "threads", "torch", "cuda:77"])
+    "threads", "torch", "device"])
 def test_resume_of_another_run_is_refused(change, data_dir, out, tmp_path, monkeypatch):
     args, ckpt = flags(data_dir, out, "--resume"), out / f"{RUN2}.ckpt"
     STEP2.main(args)  # without the change
@@ -107,168 +100,136 @@ def test_resume_of_another_run_is_refused(change, data_dir, out, tmp_path, monke
     shutil.copy(ckpt, out / "step2_skeleton-seed2.ckpt")
     monkeypatch.setattr(common, "is_bf16_faster", lambda device: True)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    if change == "threads":
+    if change[0] == "-":  # a flag that is there goes
+        args = [arg for arg in args if arg != change] if change in args else [*args, change]
+    elif change == "threads":
         torch.set_num_threads(2)
     elif change == "torch":
         monkeypatch.setattr(torch, "__version__", type(torch.__version__)("99.0"))
-    elif change == "cuda:77":
-        checkpoint = torch.load(ckpt)
-        checkpoint["settings"]["device"] = change
-        torch.save(checkpoint, ckpt)
     else:
-        args = [arg for arg in args if arg != change] if change in args else [*args, change]
+        checkpoint = torch.load(ckpt)
+        checkpoint["settings"]["device"] = "cuda:77"
+        torch.save(checkpoint, ckpt)
     before, line = read_all(out), refuse(STEP2, *args)
-    assert str(out / "step2_skeleton-seed") in line and (change in line or change != "cuda:77")
+    assert str(out / "step2_skeleton-seed") in line and (change != "device" or "cuda:77" in line)
     assert read_all(out) == before
 
 
-class Trap:
-    """Makes a folder `trap` when it is unpickled."""
-
-    def __reduce__(self):
-        return os.mkdir, ("trap",)
-
-
-FILES = {  # that a run reads: where they are, and the flag
-    "images": ("data/MNIST/raw/t10k-images-idx3-ubyte", "--fp32"),
-    "labels": ("data/MNIST/raw/train-labels-idx1-ubyte", "--fp32"),
-    "checkpoint": (f"out/{RUN2}.ckpt", "--resume"),
-    "weights": (f"out/{RUN2}.pt", f"--evaluate=out/{RUN2}.pt"),
-}
+# What makes a folder `trap` when it is unpickled.
+TRAP = type("Trap", (), {"__reduce__": lambda self: (os.mkdir, ("trap",))})()
+FILES = IMAGES, LABELS, CKPT, PT = (
+    "t10k-images-idx3-ubyte", "train-labels-idx1-ubyte", f"{RUN2}.ckpt", f"{RUN2}.pt")
 DAMAGES = {  # to any of them
     "missing": lambda path: path.unlink(),
     "empty": lambda path: path.write_bytes(b""),
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     "folder": lambda path: (path.unlink(), path.mkdir()),
     "gzip": lambda path: path.write_bytes(gzip.compress(path.read_bytes())),
-    "code": lambda path: path.write_bytes(pickle.dumps(Trap(), protocol=2)),
+    "code": lambda path: path.write_bytes(pickle.dumps(TRAP, protocol=2)),
 }
 SPECIAL = {  # to one of them
-    "images, 14x56": lambda path: write_idx(path, torch.zeros(100, 14, 56).byte()),
-    "images, none": lambda path: write_idx(path, torch.zeros(0, 28, 28).byte()),
-    "images, swapped": lambda path: shutil.copy(path.with_name("t10k-labels-idx1-ubyte"), path),
-    "labels, too few": lambda path: write_idx(path, torch.zeros(299).byte()),
-    "labels, of 10": lambda path: write_idx(path, torch.full((300,), 10).byte()),
-    "labels, magic number": lambda path: path.write_bytes(b"\1" + path.read_bytes()[1:]),
-    "checkpoint, other step": lambda path: shutil.copy(path.with_name(f"{RUN4}.ckpt"), path),
-    "checkpoint, other content": lambda path: torch.save([1, 2], path),
-    "checkpoint, code": lambda path: torch.save({"settings": Trap()}, path),
-    "weights, code": lambda path: torch.save({"layers": Trap()}, path),
-    "weights, other step": lambda path: shutil.copy(path.with_name(f"{RUN4}.pt"), path),
-    "weights, checkpoint": lambda path: shutil.copy(path.with_suffix(".ckpt"), path),
-    "weights, module.": lambda path: torch.save(
-        {f"module.{name}": tensor for name, tensor in torch.load(path).items()}, path),
-    "weights, _orig_mod.": lambda path: torch.save(
+    (IMAGES, "14x56"): lambda path: write_idx(path, torch.zeros(100, 14, 56).byte()),
+    (IMAGES, "none"): lambda path: write_idx(path, torch.zeros(0, 28, 28).byte()),
+    (IMAGES, "swapped"): lambda path: shutil.copy(path.with_name("t10k-labels-idx1-ubyte"), path),
+    (LABELS, "too few"): lambda path: write_idx(path, torch.zeros(299).byte()),
+    (LABELS, "of 10"): lambda path: write_idx(path, torch.full((300,), 10).byte()),
+    (LABELS, "magic number"): lambda path: path.write_bytes(b"\1" + path.read_bytes()[1:]),
+    (CKPT, "other step"): lambda path: shutil.copy(path.with_name(f"{RUN4}.ckpt"), path),
+    (CKPT, "other content"): lambda path: torch.save([1, 2], path),
+    (CKPT, "code in a zip"): lambda path: torch.save({"settings": TRAP}, path),
+    (PT, "code in a zip"): lambda path: torch.save({"layers": TRAP}, path),
+    (PT, "other step"): lambda path: shutil.copy(path.with_name(f"{RUN4}.pt"), path),
+    (PT, "not finite"): lambda path: torch.save(
+        {name: tensor / 0 for name, tensor in torch.load(path).items()}, path),
+    (PT, "checkpoint"): lambda path: shutil.copy(path.with_suffix(".ckpt"), path),
+    (PT, "_orig_mod."): lambda path: torch.save(  # as a compiled model names them
         {f"_orig_mod.{name}": tensor for name, tensor in torch.load(path).items()}, path),
 }
 
 
-@pytest.mark.parametrize("case", [*(f"{file}, {it}" for file in FILES for it in DAMAGES), *SPECIAL])
-def test_damaged_file_is_refused(case, out, data_dir, tmp_path, monkeypatch, capsys):
-    file, damage = case.split(", ")
-    name, flag = FILES[file]
-    shutil.copytree(data_dir, tmp_path / "data")
+@pytest.mark.parametrize(("file", "kind"), [*itertools.product(FILES, DAMAGES), *SPECIAL])
+def test_damaged_file_is_refused(file, kind, out, data_dir, tmp_path, monkeypatch, capsys):
+    data = shutil.copytree(data_dir, tmp_path / "data")
+    path = next(tmp_path.rglob(file))
+    flag = {".ckpt": "--resume", ".pt": f"--evaluate={path}"}.get(path.suffix, "--fp32")
     monkeypatch.chdir(tmp_path)
-    SPECIAL.get(case, DAMAGES.get(damage))(tmp_path / name)
+    SPECIAL.get((file, kind), DAMAGES.get(kind))(path)
     before = read_all(tmp_path)
-    line = refuse(STEP2, *flags(tmp_path / "data", out, flag))
-    assert name in line and (damage in line or damage[-1] != ".")  # a prefix is named too
+    line = refuse(STEP2, *flags(data, out, flag))
+    assert str(path) in line or kind == "not finite"
+    assert "_orig_mod." in line or kind != "_orig_mod."
     assert "EPOCH" not in capsys.readouterr().out
     assert read_all(tmp_path) == before and not Path("trap").exists()
 
 
-def test_finished_run_survives_other_ones(data_dir, out):
-    first, args = history(out / RUN2), flags(data_dir, out, "--batch-size", 50)
+def test_finished_run_survives_other_ones(data_dir, out, capsys):
+    before, args, last = read_all(out), flags(data_dir, out), out / f"{RUN2}.previous"
+    told, first = re.findall("Test set.*", before[f"{RUN2}.log"].decode()), history(out / RUN2)
+    STEP2.main([*args, "--evaluate", str(out / f"{RUN2}.pt")])
+    assert re.findall("Test set.*", capsys.readouterr().out) == told[-1:]
+    STEP2.main([*args, "--smoke"])
+    assert read_all(out) == before
     for epochs in (0, 1):
-        interrupt(STEP2, args, epochs)
-        assert history(out / f"{RUN2}.previous") == first
-    STEP2.main([*args, "--resume"])
+        interrupt(STEP2, [*args, "--batch-size", "50"], epochs)
+        assert history(last) == first
+    STEP2.main([*args, "--batch-size", "50", "--resume"])
     second = history(out / RUN2)
-    STEP2.main(flags(data_dir, out))
-    assert history(out / f"{RUN2}.previous") == second and history(out / RUN2) == first
-
-
-def test_evaluate_and_smoke_leave_nothing(data_dir, out, tmp_path, capsys):
-    before, log = read_all(tmp_path), (out / f"{RUN4}.log").read_text(encoding="utf-8")
-    STEPS["step4"].main(flags(data_dir, tmp_path / "none", "--evaluate", out / f"{RUN4}.pt"))
-    told = re.findall("Test set: .*", capsys.readouterr().out)
-    assert told == re.findall("Test set: .*", log)[-1:]
-    STEPS["step4"].main(flags(data_dir, out, "--smoke"))
-    assert read_all(tmp_path) == before and not (tmp_path / "none").exists()
+    STEP2.main(args)
+    assert history(last) == second and history(out / RUN2) == first
 
 
 def test_divergence(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(STEP2, "LEARNING_RATE", 1e30)
     assert "LEARNING_RATE" in refuse(STEP2, *flags(data_dir, tmp_path, "--batch-size", 10))
     assert not read_all(tmp_path)
-    weights = {name: tensor / 0 for name, tensor in STEP2.Net().state_dict().items()}
-    torch.save(weights, tmp_path / "weights")
-    refuse(STEP2, *flags(data_dir, tmp_path, "--evaluate", tmp_path / "weights"))
-
-
-@pytest.mark.parametrize("bad", ["--epochs 0", "--batch-size 0", "--seed -1", "--epoch 3"])
-def test_bad_settings(bad, capsys):
-    with pytest.raises(SystemExit, match="^2$"):
-        STEP2.main(bad.split())
-    assert bad.split()[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("flag", "value"), [
+    ("--epochs", "0"), ("--batch-size", "0"), ("--seed", "-1"), ("--epoch", "3"),
     ("--device", "cuda:77"), ("--device", "abacus"), ("--out", "file"), ("--out", "file/below"),
     pytest.param("--out", "/proc/none", marks=unix)])
-def test_device_or_folder_that_cannot_be(flag, value, data_dir, tmp_path, monkeypatch, capsys):
+def test_bad_settings(flag, value, data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("mine")
-    assert value in refuse(STEP2, *flags(data_dir, "out", flag, value))
-    assert "EPOCH" not in capsys.readouterr().out and read_all(tmp_path) == {"file": b"mine"}
-
-
-@unix
-def test_ctrl_c(data_dir, tmp_path):
-    run, args = tmp_path / "out" / RUN2, flags(data_dir, tmp_path / "out", "--epochs", 10**6)
-    process = start(tmp_path, SCRIPTS["step2"], *args)
-    while process.is_alive() and not Path(f"{run}.log").exists():
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGINT)
-    status, printed, message = finish(process, tmp_path)
-    assert status == 130 and message.strip().isprintable()
-    assert str(run) in message and "--resume" in message
-    rows = len(Path(f"{run}.csv").read_text().splitlines()) - 1
-    assert rows >= max(1, int(re.findall(r"EPOCH: (\d+)", printed)[-1]))
-    assert len(read_all(run.parent)) == 4
+    with pytest.raises(SystemExit) as end:
+        STEP2.main(flags(data_dir, "out", flag, value))
+    printed, status = capsys.readouterr(), end.value.code
+    line = printed.err.splitlines()[-1] if status == 2 else status
+    assert (flag in line or value in line) and line.isprintable()
+    assert "EPOCH" not in printed.out and read_all(tmp_path) == {"file": b"mine"}
 
 
 @unix
 def test_outputs_that_fail(data_dir, out, tmp_path):
-    """As with `| head`, on a full disk, and with `> /dev/full`."""
+    """On a full disk, with `> /dev/full`, and with `| head`."""
+    before, args = read_all(out), flags(data_dir, tmp_path / "new", "--epochs", 10**6)
+    cases = [(flags(data_dir, out), {"limit": 30_000}, str(out / RUN2))]
+    if Path("/dev/full").exists():
+        cases.append((args, {"stdout": "/dev/full"}, "output"))
+    for args, options, name in cases:
+        process = start(tmp_path, SCRIPTS["step2"], *args, **options)
+        status, _, message = finish(process, tmp_path)
+        assert status == 1 and message.strip().isprintable() and name in message
+    assert sorted(read_all(out).values()) == sorted(before.values())  # moved, if anything
     reader, writer = PROCESSES.Pipe(duplex=False)
-    args, before = flags(data_dir, tmp_path / "new", "--epochs", 10**6), read_all(out)
     process = start(tmp_path, SCRIPTS["step2"], *args, stdout=writer)
     writer.close()
     assert os.read(reader.fileno(), 1)
     reader.close()
     assert finish(process, tmp_path) == (141, "", "")
-    disk = start(tmp_path, SCRIPTS["step4"], *flags(data_dir, out), limit=30_000)
-    status, _, message = finish(disk, tmp_path)
-    assert status == 1 and message.strip().isprintable() and str(out / RUN4) in message
-    assert sorted(read_all(out).values()) == sorted(before.values())  # moved, if anything
-    if Path("/dev/full").exists():
-        process = start(tmp_path, SCRIPTS["step2"], *args, stdout=Path("/dev/full"))
-        status, _, message = finish(process, tmp_path)
-        assert status == 1 and message.strip() and message.strip().isprintable()
 
 
 def test_copy_of_a_step_is_a_run_of_its_own(data_dir, tmp_path):
     """Two seeds at once, in a read-only folder, odd paths, on outputs that know ASCII alone."""
-    out, checkout, *folders = (tmp_path / name for name in ("ø ut", "chëck out", "1", "2"))
+    out, checkout, processes = tmp_path / "ø ut", tmp_path / "chëck out", {}
     checkout.mkdir()
     shutil.copy(ROOT / "common.py", checkout)
     copy = Path(shutil.copy(SCRIPTS["step2"], checkout / "step2_mine.py"))
     checkout.chmod(0o555)
-    processes = [start(folder, copy, *flags(data_dir, out, "--seed", folder.name),
-                       PYTHONIOENCODING="ascii") for folder in folders]
-    for process, folder in zip(processes, folders, strict=True):
-        assert finish(process, folder)[::2] == (0, "")
+    for seed in ("1", "2"):
+        args = flags(data_dir, out, "--seed", seed)
+        processes[seed] = start(tmp_path / seed, copy, *args, PYTHONIOENCODING="ascii")
+    assert [finish(processes[seed], tmp_path / seed)[::2] for seed in "12"] == [(0, "")] * 2
     assert len(read_all(out)) == 8 and (out / "step2_mine-seed2.csv").exists()
     text, args = copy.read_text("utf-8"), flags(data_dir, out, "--seed", 2, "--resume")
     copy.write_text(f"# A comment.\n{text}", "utf-8")
