@@ -11,8 +11,7 @@ def measure_amounts(transform, count):
     """Return what a RandomAffine does to each of `count` images: float64 5×count.
 
     The rows are angle and shear in degrees, factor, shift to the right and down in pixels. Two
-    images hold the column and the row of each pixel. Their results tell where each pixel comes
-    from, for bilinear interpolation between such values is exact.
+    images hold the column and the row of each pixel, so their results tell where it comes from.
     """
     row, column = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
     origins = []

@@ -1,9 +1,7 @@
 """One oracle: a plain training loop that must give what a real run of each step gives.
 
-The loop uses nothing of common.py but the random affine of step 4, which test_augmentation.py
-compares with torchvision's. The settings, transforms and networks of the steps are written out
-once more. So one that changes by accident is noticed; one that changes on purpose is changed here
-too.
+Settings, transforms and networks are written out once more, so that one that changes by accident
+is noticed. Only the random affine of step 4 comes from common.py; test_augmentation.py tests it.
 """
 
 import copy
@@ -82,8 +80,7 @@ def count_correct(output, labels):
 def expect(step, folder, bf16=False):
     """Train a step as documented; return what its run must leave.
 
-    That is the figures of the csv, of the final bars and of the test lines, epoch after epoch in
-    flat lists, and the weights.
+    That is the weights and, in flat lists, the figures of csv, final bars and test lines.
     """
     torch.manual_seed(SEED)
     network = make_network(step)
