@@ -53,7 +53,7 @@ def measure(script, flags, changes, data):
 
 
 def main(rounds=5):
-    """Measure all pairs, print the table and write it to results/bench.md."""
+    """Measure all pairs and write the table to results/bench.md."""
     lines = ["| what | first, s | second, s | first / second |", "|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         write_small(Path(folder))
@@ -67,7 +67,6 @@ def main(rounds=5):
             medians = " | ".join(f"{statistics.median(taken):.2f}" for taken in times)
             lines.append(f"| {words} | {medians} | {statistics.median(ratios):.2f} "
                          f"({ratios[0]:.2f} to {ratios[-1]:.2f}) |")
-            print(lines[-1], flush=True)
     device = next(line for line in printed.splitlines() if line.startswith("Device"))
     chosen = next(line for line in printed.splitlines() if line.startswith("Settings"))
     lines[:0] = [f"{device[8:]}, torchvision {torchvision.__version__}. Step 4 runs by default "

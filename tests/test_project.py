@@ -19,14 +19,16 @@ def call(folder, *command):
 
 
 @pytest.fixture
-def project(tmp_path):
+def project(tmp_path, monkeypatch):
     """A copy of the project in which .venv/bin/python only prints how a step would be run."""
     if not shutil.which("make"):
         pytest.skip("make is not installed")
+    for name in ("MAKELEVEL", "MAKEFLAGS", "MFLAGS"):  # as if no make had started the tests
+        monkeypatch.delenv(name, raising=False)
     copy = tmp_path / "the project"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "data", "runs", "*cache*"))
-    (copy / ".venv" / "bin").mkdir(parents=True)
     python = copy / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\ncase $1 in step*) echo "$@" ;; '
                       f"""*) exec '{sys.executable}' "$@" ;; esac\n""")
     python.chmod(0o755)
