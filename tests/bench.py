@@ -71,8 +71,7 @@ def main(rounds=5):
     chosen = next(line for line in printed.splitlines() if line.startswith("Settings"))
     lines[:0] = [f"{device[8:]}, torchvision {torchvision.__version__}. Step 4 runs by default "
                  f"in {', '.join(chosen.split(', ')[3:])}. Seconds are those of one epoch on "
-                 f"{IMAGES} images, the median of {rounds} rounds in turn; a ratio is the median "
-                 "of the rounds, with their range.", ""]
+                 f"{IMAGES} images, medians of {rounds} rounds; a ratio has its range behind.", ""]
     (ROOT / "results" / "bench.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
