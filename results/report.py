@@ -208,7 +208,8 @@ def verify():
             common.setup(args)
             loaders = common.get_loaders(args, module.test_transform, module.test_transform)
             net = module.Net()
-            net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+            with common.one_line(f"{weights} cannot be tested"):
+                net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
             loss, accuracy = common.test(net, loaders[1])
             print("Settings: fp32, not compiled")  # as tests always are
             logged = read_log(output.getvalue())
@@ -235,7 +236,7 @@ def main():
     if args.verify:
         sys.exit(1 if verify() else 0)
     if args.files:
-        files = [path for path in args.files if ".previous" not in path.name]
+        files = [path.expanduser() for path in args.files if ".previous" not in path.name]
         bad = [str(p) for p in files if not any("test_loss" in row for row in read_rows(p))]
         if bad:
             sys.exit(f"{', '.join(bad)}: expected the csv of a run")
