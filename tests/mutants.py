@@ -141,7 +141,7 @@ CHANGES = [  # (file, a text that is in it once, what takes its place)
       for path in ("args.evaluate", 'f"{self.prefix}.ckpt"')),
     # data
     (ALL, "5f617ad9", "5f617ad8"),
-    (ALL, 'next(Path(folder).rglob("train-images-idx3-ubyte")).parent', "Path(folder)"),
+    (ALL, 'Path(folder, "package", "data")', 'Path(folder, "data")'),
     (ALL, "if hash_files(raw) != MNIST_SHA256:", "if False:"),
     (ALL, 'not any(raw.glob("*-ubyte*"))', "True"),
     (ALL, 'args.data_dir == HERE / "data" and', ""),
