@@ -1,6 +1,7 @@
 """Small IDX folders to train on, and the four steps as modules."""
 
 import importlib
+import signal
 import struct
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {path.name.split("_")[0]: path for path in sorted(ROOT.glob("step*.py"))}
 STEPS = {name: importlib.import_module(path.stem) for name, path in SCRIPTS.items()}
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `make test &` ignores it
 
 
 def write_idx(path, items):
@@ -44,7 +46,4 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def one_thread():
     """One thread is faster than two on networks and batches this small."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
