@@ -5,7 +5,7 @@
 Each run is a step of this project in a process of its own, after something was changed in its
 module. All variants are run with seed 1, then all with seed 2, and so on. When a run ends, its
 rows go into experiments.csv; runs that are in there are skipped, so call this again after an
-interruption. The csv also holds `search`, `variants` and `fastpath`, made with recipe D.
+interruption. The csv also holds `search` and `fastpath`, made with recipe D.
 """
 
 import argparse
@@ -13,9 +13,10 @@ import importlib
 import io
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,6 @@ import torch
 from report import EXPERIMENTS, ROOT, SCRIPTS, read_log, read_rows, write_rows
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel
 from torchvision import transforms
 
 sys.path.insert(0, str(ROOT))
@@ -95,27 +95,20 @@ def schedule(rate, factor=lambda batch: 1):
         optimizer, factor))
 
 
-def recipe(weight_decay=0.0, averaged=False, nesterov=False):
-    """Return a change: train step 4 with these settings of SGD, whatever those of the script are.
-
-    With `averaged`, what is tested is a moving average of the weights, which reaches back over a
-    tenth of the batches so far (Shamir and Zhang, 2013, "polynomial-decay averaging").
-    """
+def recipe(weight_decay, averaged, nesterov):
+    """Return a change: train step 4 with these settings of SGD; test its average or the network."""
     def change(module):
-        tested = []  # from the first training pass on: the network to test
-
-        def average(mean, weights, batches):
-            return mean + (weights - mean) / (1 + batches / 10)
+        network = []
 
         def train(model, loader, optimizer, *others):
-            if not tested:
-                optimizer.param_groups[0].update(weight_decay=weight_decay, nesterov=nesterov)
-                twin = AveragedModel(model, avg_fn=average, use_buffers=True)
-                optimizer.register_step_post_hook(lambda *_: twin.update_parameters(model))
-                tested.append(twin if averaged else model)
+            network[:] = [model]
+            optimizer.param_groups[0].update(weight_decay=weight_decay, nesterov=nesterov)
             return common.train(model, loader, optimizer, *others)
 
-        constants(train=train, test=lambda _, loader: common.test(tested[0], loader))(module)
+        def test(average, loader):
+            return common.test(average if averaged else network[0], loader)
+
+        constants(train=train, test=test)(module)
     return change
 
 
@@ -128,48 +121,52 @@ class Variant(NamedTuple):
     seeds: range
     changes: tuple = ()
     flags: tuple = ()
-    recipe: str = ""  # of step 4, by its letter; "": the script's own
+    recipe: str = "D"  # of step 4, by its letter; D is the script's own
 
 
-SCRIPT_RECIPE = "D"  # that of step4_aug_lr.py
-RECIPES = {"A": recipe(), "B": recipe(5e-4), "C": recipe(5e-4, averaged=True),
-           "D": recipe(5e-4, averaged=True, nesterov=True)}
+RECIPES = {"A": recipe(0.0, False, False), "B": recipe(5e-4, False, False),
+           "C": recipe(5e-4, True, False), "D": recipe(5e-4, True, True)}
 THREE, FIVE = range(1, 4), range(1, 6)  # seeds
-EAGER = ("--fp32", "--no-compile")
 HELD_OUT = edited("get_loaders", hold_out)
-HE = edited("Net", lambda net: net.apply(initialize))
-NO_BATCH_NORM = edited("block", lambda block: nn.Sequential(*block[:2], block[3]))
-DOCUMENTED = (recipe(), transform_slowly,
+DOCUMENTED = (RECIPES["A"], transform_slowly,
               schedule(0.01, lambda batch: 0.1 ** (batch // (8 * 469))),  # after eight epochs
               edited("block", lambda block: nn.Sequential(*block[:3], nn.Dropout(block[3].p))))
+NO_AVERAGE = recipe(5e-4, False, True)
+INGREDIENTS = [  # step, what is left out or put in its place
+    *((step, "as it is") for step in (2, 3, 4)),
+    (2, "He initialization", edited("Net", lambda net: net.apply(initialize))),
+    (3, "no batch normalization",
+     edited("block", lambda block: nn.Sequential(*block[:2], block[3]))),
+    (3, "no dropout", constants(DROPOUT=0.0)),
+    (3, "6x6 convolution, no GAP, no 1x1", edited("Net", end_in(6))),
+    (4, "no augmentation", leave_plain),
+    (4, "no schedule: 0.01 as in step 3", schedule(0.01)),
+    (4, "no schedule: 0.1, its peak", schedule(0.1)),
+    (4, "no weight decay", recipe(0.0, True, True)),
+    (4, "no Nesterov", RECIPES["C"]),
+    (4, "no average of weights", NO_AVERAGE),
+    (4, "no schedule: 0.1, no average of weights", schedule(0.1), NO_AVERAGE),
+    (4, "dropout 0.1", constants(DROPOUT=0.1)),
+    (4, "one 1x1 20 to 10, no second", edited("Net", end_in(1))),
+]
 VARIANTS = [
     *(Variant("candidates", letter, 4, range(1, 13), (HELD_OUT, change), recipe=letter)
       for letter, change in RECIPES.items()),
-    Variant("ingredients", "as it is", 2, FIVE),
-    Variant("ingredients", "He initialization", 2, FIVE, (HE,)),
-    Variant("ingredients", "as it is", 3, FIVE),
-    Variant("ingredients", "no batch normalization", 3, FIVE, (NO_BATCH_NORM,)),
-    Variant("ingredients", "no dropout", 3, FIVE, (constants(DROPOUT=0.0),)),
-    Variant("ingredients", "6x6 convolution, no GAP, no 1x1", 3, FIVE, (edited("Net", end_in(6)),)),
-    Variant("ingredients", "as it is", 4, FIVE),
-    Variant("ingredients", "no augmentation", 4, FIVE, (leave_plain,)),
-    Variant("ingredients", "no schedule: 0.01 as in step 3", 4, FIVE, (schedule(0.01),)),
-    Variant("ingredients", "no schedule: 0.1, its peak", 4, FIVE, (schedule(0.1),)),
-    Variant("ingredients", "dropout 0.1", 4, FIVE, (constants(DROPOUT=0.1),)),
-    Variant("ingredients", "one 1x1 20 to 10, no second", 4, FIVE, (edited("Net", end_in(1)),)),
+    *(Variant("ingredients", name, step, FIVE, changes) for step, name, *changes in INGREDIENTS),
     *(Variant("precision", name, step, THREE, (HELD_OUT,), flags) for step in (3, 4)
       for name, flags in (("as it chooses", ()), ("fp32", ("--fp32",)))),
     *(Variant("times", f"{epochs} epochs", 4, THREE, (), (f"--epochs={epochs}",))
       for epochs in (3, 5, 8)),
-    Variant("times", "documented", 4, range(1, 2), DOCUMENTED, EAGER, "A"),
+    Variant("times", "documented", 4, range(1, 2), DOCUMENTED,
+            ("--fp32", "--no-compile"), "A"),
 ]
 NAMES = list(dict.fromkeys(variant.experiment for variant in VARIANTS))
 
 
 def key_of(variant, seed):
     """Return what tells this run from all others, in its rows: a dict of str by column."""
-    letter = variant.recipe or SCRIPT_RECIPE if variant.step == 4 else ""
-    return {"experiment": variant.experiment, "recipe": letter, "variant": variant.name,
+    recipe = variant.recipe if variant.step == 4 else ""
+    return {"experiment": variant.experiment, "recipe": recipe, "variant": variant.name,
             "step": str(variant.step), "seed": str(seed)}
 
 
@@ -216,7 +213,8 @@ def main():
                 and (variant.experiment == "times") == timed and key_of(variant, seed) not in done]
         print(f"{len(jobs)} runs to make, {workers} at a time", flush=True)
         os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads()) if timed else "1"
-        with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
+        ignore_ctrl_c = signal.signal, (signal.SIGINT, signal.SIG_IGN)
+        with multiprocessing.get_context("spawn").Pool(workers, *ignore_ctrl_c, 1) as pool:
             for words, rows in pool.imap_unordered(make_run, jobs):
                 print(words, flush=True)
                 if rows:
@@ -224,4 +222,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with suppress(KeyboardInterrupt):  # what is finished is in the csv
+        main()
