@@ -19,7 +19,7 @@ DATA := $(if $(findstring --data-dir,$(ARGS)),,data)
 fail = { echo '$(1)' >&2; exit 1; }
 HAVE_VENV := test -e .venv -o -h .venv
 IS_RECENT := -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
-# A .venv made by uv has no pip, nor has one whose making was interrupted.
+# A .venv made by uv, or one left half-made, has no pip.
 INSTALL := { $(PY) -m pip --version || $(PY) -m ensurepip; } >/dev/null 2>&1; \
 	$(PY) -m pip install --quiet --disable-pip-version-check
 
@@ -32,7 +32,7 @@ help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
 
 # A .venv that is there is used and never emptied, whoever made it.
-setup: ## Install what .venv lacks of requirements.txt; PYTHON=python3.12 makes a new .venv
+setup: ## Install what is missing from .venv; PYTHON=python3.12 makes a new one with that
 	@$(if $(filter file,$(origin PYTHON)),$(HAVE_VENV) ||) "$(PYTHON)" $(IS_RECENT) || \
 		$(call fail,$(PYTHON) is not Python 3.10 or later. Try: make setup PYTHON=python3.12)
 	@$(HAVE_VENV) || "$(PYTHON)" -m venv .venv
@@ -52,7 +52,7 @@ data: setup ## Get MNIST into data/MNIST/raw, unless it is there
 		*) $(call fail,data/MNIST/raw lacks some of the four files of MNIST: add or remove them) ;; esac
 
 step1: ## Train step 1: set-up (an hour or more on a CPU)
-step2: ## Train step 2: a small skeleton
+step2: ## Train step 2: a new, small architecture
 step3: ## Train step 3: batch normalization, dropout, global average pooling
 step4: ## Train step 4: augmentation, learning-rate schedule
 step1 step2 step3 step4: setup $(DATA)
@@ -62,7 +62,7 @@ all: step1 step2 step3 step4 ## Train all four steps
 smoke: setup $(DATA) ## Run one batch of every step
 	@set -e; for script in $(FOUR); do $(PY) $$script --smoke $(ARGS); done
 
-# --seed and --out stand last because the last one counts. --smoke leaves nothing to report.
+# --seed and --out come last so that they override ARGS. --smoke leaves no files to report on.
 seeds: setup $(DATA) ## Train STEP=4 with each of SEEDS="1 2 3" into OUT=runs, print mean and spread
 	@set -e; for seed in $(SEEDS); do \
 		$(PY) $(call script,$(STEP)) $(ARGS) --seed $$seed --out "$(OUT)"; done
@@ -70,7 +70,7 @@ seeds: setup $(DATA) ## Train STEP=4 with each of SEEDS="1 2 3" into OUT=runs, p
 
 diff: ## Show what changes between two steps: make diff A=3 B=4
 	@git --no-pager diff --no-index $(call script,$(A)) $(call script,$(B)) || test $$? -eq 1
-test: setup ## Run the tests: no network, no MNIST needed
+test: setup ## Run the tests: they need neither MNIST nor the internet
 	@$(PY) -m pytest $(ARGS)
 lint: setup ## Check the style with ruff
 	@$(INSTALL) "ruff>=0.14,<1" && $(PY) -m ruff check .

@@ -282,7 +282,7 @@ class Run:
     def __init__(self, script, args):
         self.args, self.rows, self.text = args, [], ""  # rows of the csv, text of the log
         self.prefix = args.out / f"{Path(script).stem}-seed{args.seed}"
-        self.advice = f"Finished epochs, if any, are in {self.prefix}.*; --resume goes on after them."
+        self.advice = f"Finished epochs, if any, are in {self.prefix}.*; --resume goes on there."
         code = ast.dump(ast.parse(Path(script).read_bytes()))  # the same if a comment changes
         args.script = f"{Path(script).name} {hashlib.sha256(code.encode()).hexdigest()[:8]}"
 

@@ -1,21 +1,20 @@
 """Step 1: the set-up, and a network that is far too large for its task.
 
 Target
-    Data, a training loop and a test loop that all steps share, and a first network to try them.
+    Data, a training loop and a test loop that all steps share, and a first network to try them out.
 
 Results (2 runs of 15 epochs; mean ± standard deviation)
     6,379,786 parameters. Test accuracy 99.26 ± 0.08 % in the last epoch, 99.32 % in the best;
-    training accuracy up to 99.97 %. (Documented: best test 99.26 %, best training 99.94 %.)
+    training accuracy up to 99.97 %. (Course: best test 99.26 %, best training 99.94 %.)
 
 Analysis
-    The network overfits. Training accuracy keeps rising; test accuracy barely moves. The test
-    loss is lowest in epoch 5. After that the training loss falls to less than a seventh while the
-    test loss rises: there are about as many mistakes as before, made with more confidence.
-    The network has room for that: 106 parameters for each of the 60,000 training images.
+    The network overfits. From epoch 5 on, test accuracy barely moves while the training loss falls
+    to about a seventh and the test loss rises: about as many mistakes as before, made with more
+    confidence. There is room to memorize: 106 parameters for each of the 60,000 training images.
 
 Next
-    Step 2 changes the network and nothing else. (The four networks and the documented figures are
-    those of the course exercise "CodingDrillDown".)
+    Step 2 changes the network and nothing else. (The four networks are those of "CodingDrillDown",
+    a course assignment; behind "Course" stand the figures that it reports, of one run.)
 """
 
 import torch
@@ -28,8 +27,8 @@ from common import Run, get_loaders, parse_args, prepare, setup, test, train
 EPOCHS = 15
 BATCH_SIZE = 128  # 469 batches an epoch
 LEARNING_RATE = 0.01  # the same for every batch
-MOMENTUM = 0.9  # an update adds up about the last ten gradients
-MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels in 0..1; one value per channel
+MOMENTUM = 0.9  # an update sums past gradients, each weighted 0.9 times the next newer one
+MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
 
 train_transform = v2.Compose([
     v2.ToDtype(torch.float32, scale=True),  # 0..255 to 0..1
@@ -52,7 +51,7 @@ def block(in_channels, out_channels, padding=0):
 class Net(nn.Module):
     """Takes normalized images Nx1x28x28, returns log-probabilities Nx10.
 
-    The receptive field (RF) is the side of the square of pixels that one output value depends on.
+    The receptive field (RF) is the side of the input square that one output value depends on.
     """
 
     def __init__(self):
@@ -66,12 +65,12 @@ class Net(nn.Module):
             nn.MaxPool2d(2),  # 7x7x256 | RF 16
             block(256, 512),  # 5x5x512 | RF 24
             block(512, 1024),  # 3x3x1024 | RF 32
-            nn.Conv2d(1024, 10, 3),  # 1x1x10 | RF 40
+            nn.Conv2d(1024, 10, 3),  # 1x1x10 | RF 40: all pixels, and padding
         )
 
     def forward(self, images):
         logits = self.layers(images).flatten(1)  # Nx10x1x1 to Nx10
-        return F.log_softmax(logits, dim=1, dtype=torch.float32)  # also where layers are in bf16
+        return F.log_softmax(logits, dim=1, dtype=torch.float32)  # even where layers run in bf16
 
 
 def main(argv=None):
@@ -80,11 +79,11 @@ def main(argv=None):
     with Run(__file__, args) as run:
         setup(args)  # seeds, device, precision
         train_loader, test_loader = get_loaders(args, train_transform, test_transform)
-        model = prepare(Net(), args)  # on the device, compiled where that pays
+        model = prepare(Net(), args)  # on the device, compiled where that is faster
         if args.evaluate:
             return test(model, test_loader)
         optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
-        for epoch in run.epochs(model, optimizer):  # --resume: only the rest
+        for epoch in run.epochs(model, optimizer):  # --resume: the epochs left
             print(f"EPOCH: {epoch}")
             train_loss, train_accuracy, seconds = train(model, train_loader, optimizer, args)
             test_loss, test_accuracy = test(model, test_loader)

@@ -1,23 +1,24 @@
-"""Step 2: a new skeleton, with 1/300 of the parameters.
+"""Step 2: a new architecture, with 1/300 of the parameters.
 
 Target
     A network too small to memorize the training images. Only the architecture changes.
 
 Results (5 runs of 15 epochs; mean ± standard deviation)
     20,750 parameters. Test accuracy 98.69 ± 0.18 % in the last epoch, 98.90 % in the best;
-    training accuracy up to 99.27 %. (Documented: best test 98.69 %, best training 98.85 %.)
+    training accuracy up to 99.27 %. (Course: best test 98.69 %, best training 98.85 %.)
 
 Analysis
-    The test loss no longer rises as in step 1, but the accuracy is 0.6 points lower. Less padding
-    and one pool fewer shape the network; 1x1 convolutions keep it small: one brings 32 channels
-    down to 10 for 320 weights, and the 3x3 that follows takes 1,800 weights instead of 5,760.
-    The network starts slowly. PyTorch draws the weights of a convolution with a variance of
-    1/(3 fan-in), so a convolution and its ReLU keep about a sixth of the mean square: the signal
-    shrinks to 0.41 of its size at each layer, and the gradient shrinks in much the same way on
-    its way back. One of the five runs stayed at 2.303, the loss of guessing, for three epochs.
+    Accuracy is 0.6 points lower than in step 1, but the test loss no longer rises. 1x1 convolutions
+    keep the network small: one brings 32 channels down to 10 for 320 weights, and the 3x3 that
+    follows takes 1,800 weights instead of 5,760.
+    Training starts slowly. PyTorch initializes a convolution (Kaiming uniform, a = √5) with weights
+    of variance 1/(3n), where n is the number of inputs of one output value. So each convolution
+    with its ReLU keeps a sixth of the mean square: the signal shrinks to 0.41 of its size, and the
+    gradient much the same on its way back. In one of the five runs the loss stayed at 2.303, that
+    of guessing, for three epochs.
 
 Next
-    Step 3 mends the start with batch normalization and makes the network smaller still.
+    Step 3 fixes the slow start with batch normalization and makes the network smaller still.
 """
 
 import torch
@@ -30,8 +31,8 @@ from common import Run, get_loaders, parse_args, prepare, setup, test, train
 EPOCHS = 15
 BATCH_SIZE = 128  # 469 batches an epoch
 LEARNING_RATE = 0.01  # the same for every batch
-MOMENTUM = 0.9  # an update adds up about the last ten gradients
-MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels in 0..1; one value per channel
+MOMENTUM = 0.9  # an update sums past gradients, each weighted 0.9 times the next newer one
+MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
 
 train_transform = v2.Compose([
     v2.ToDtype(torch.float32, scale=True),  # 0..255 to 0..1
@@ -54,7 +55,7 @@ def block(in_channels, out_channels, kernel_size=3):
 class Net(nn.Module):
     """Takes normalized images Nx1x28x28, returns log-probabilities Nx10.
 
-    The receptive field (RF) is the side of the square of pixels that one output value depends on.
+    The receptive field (RF) is the side of the input square that one output value depends on.
     """
 
     def __init__(self):
@@ -73,7 +74,7 @@ class Net(nn.Module):
 
     def forward(self, images):
         logits = self.layers(images).flatten(1)  # Nx10x1x1 to Nx10
-        return F.log_softmax(logits, dim=1, dtype=torch.float32)  # also where layers are in bf16
+        return F.log_softmax(logits, dim=1, dtype=torch.float32)  # even where layers run in bf16
 
 
 def main(argv=None):
@@ -82,11 +83,11 @@ def main(argv=None):
     with Run(__file__, args) as run:
         setup(args)  # seeds, device, precision
         train_loader, test_loader = get_loaders(args, train_transform, test_transform)
-        model = prepare(Net(), args)  # on the device, compiled where that pays
+        model = prepare(Net(), args)  # on the device, compiled where that is faster
         if args.evaluate:
             return test(model, test_loader)
         optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
-        for epoch in run.epochs(model, optimizer):  # --resume: only the rest
+        for epoch in run.epochs(model, optimizer):  # --resume: the epochs left
             print(f"EPOCH: {epoch}")
             train_loss, train_accuracy, seconds = train(model, train_loader, optimizer, args)
             test_loss, test_accuracy = test(model, test_loader)

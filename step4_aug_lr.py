@@ -27,16 +27,16 @@ from common import RandomAffine, Run, get_loaders, parse_args, prepare, setup, t
 
 EPOCHS = 15
 BATCH_SIZE = 128  # 469 batches an epoch
-LEARNING_RATE = 0.1  # its peak; OneCycleLR starts at 1/25 of it and ends near 0
-WARM_UP = 0.15  # fraction of the run in which it rises; then it falls along a cosine
-MOMENTUM = 0.9  # an update adds up about the last ten gradients
+LEARNING_RATE = 0.1  # the peak; OneCycleLR starts at 1/25 of it and ends near 0
+WARM_UP = 0.15  # fraction of the run in which the rate rises; then it falls along a cosine
+MOMENTUM = 0.9  # an update sums past gradients, each weighted 0.9 times the next newer one
 WEIGHT_DECAY = 5e-4  # pulls every weight towards 0, so that none grows without need
-DROPOUT = 0.03  # probability that training sets a channel to zero
-MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels in 0..1; one value per channel
+DROPOUT = 0.03  # probability that a channel is set to zero in training
+MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
 
 train_transform = v2.Compose([
     v2.ToDtype(torch.float32, scale=True),  # 0..255 to 0..1
-    RandomAffine(degrees=8, shear=4, scale=(0.93, 1.07), translate=0.06),  # 0: black
+    RandomAffine(degrees=8, shear=4, scale=(0.93, 1.07), translate=0.06),
     v2.Normalize(MEAN, STD),
 ])
 test_transform = v2.Compose([  # separate: step 4 augments training images only
@@ -58,7 +58,7 @@ def block(in_channels, out_channels):
 class Net(nn.Module):
     """Takes normalized images Nx1x28x28, returns log-probabilities Nx10.
 
-    The receptive field (RF) is the side of the square of pixels that one output value depends on.
+    The receptive field (RF) is the side of the input square that one output value depends on.
     """
 
     def __init__(self):
@@ -78,7 +78,7 @@ class Net(nn.Module):
 
     def forward(self, images):
         logits = self.layers(images).flatten(1)  # Nx10x1x1 to Nx10
-        return F.log_softmax(logits, dim=1, dtype=torch.float32)  # also where layers are in bf16
+        return F.log_softmax(logits, dim=1, dtype=torch.float32)  # even where layers run in bf16
 
 
 def move_average(averages, weights, batches):
@@ -93,7 +93,7 @@ def main(argv=None):
     with Run(__file__, args) as run:
         setup(args)  # seeds, device, precision
         train_loader, test_loader = get_loaders(args, train_transform, test_transform)
-        model = prepare(Net(), args)  # on the device, compiled where that pays
+        model = prepare(Net(), args)  # on the device, compiled where that is faster
         if args.evaluate:
             return test(model, test_loader)
         optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM,
@@ -102,7 +102,7 @@ def main(argv=None):
                                pct_start=WARM_UP, cycle_momentum=False)  # momentum stays at 0.9
         average = AveragedModel(model, multi_avg_fn=move_average, use_buffers=True)
         optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
-        for epoch in run.epochs(model, optimizer, scheduler, average):  # --resume: only the rest
+        for epoch in run.epochs(model, optimizer, scheduler, average):  # --resume: the epochs left
             print(f"EPOCH: {epoch}")
             train_loss, train_accuracy, seconds = train(
                 model, train_loader, optimizer, args, scheduler)

@@ -49,7 +49,7 @@ def draw_curves():
 
 
 def draw_drilldown():
-    """Draw parameters against test accuracy, measured (filled) and documented (hollow)."""
+    """Draw parameters against test accuracy, measured (filled) and by the course (hollow)."""
     figure, axis = plt.subplots(figsize=(8.5, 4.6))
     for step, runs in RUNS.items():
         size = sum(weights.numel() for weights in STEPS[step].Net().parameters())
@@ -64,7 +64,7 @@ def draw_drilldown():
                       va="center", ha="left" if side > 0 else "right")
     axis.set(xscale="log", xlim=(1e3, 2e7), xlabel="parameters (log scale)", ymargin=0.12,
              ylabel="test accuracy, %", title="filled: last epoch, mean and range of the seeds; "
-             "hollow: documented, best epoch of one run")
+             "hollow, drawn beside: course, best epoch of one run")
     return figure
 
 

@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 EXPERIMENTS, VERIFIED = HERE / "experiments.csv", HERE / "verified.csv"
 SCRIPTS = {"1": "step1_setup", "2": "step2_skeleton", "3": "step3_bn_gap", "4": "step4_aug_lr"}
-LESSONS = {"1": "set-up; a network that overfits", "2": "a new skeleton",
+LESSONS = {"1": "set-up; a network that overfits", "2": "a new architecture",
            "3": "batch normalization, dropout, global average pooling",
            "4": "augmentation, learning-rate schedule"}
 DOCUMENTED = {"1": 99.26, "2": 98.69, "3": 99.16, "4": 99.52}  # best test epoch of one run
@@ -95,7 +95,7 @@ def all_rows():
         gaps = [float(row["train_accuracy"]) - float(row["test_accuracy"]) for row in weights]
         words = {"experiment": "results", "step": step, "recipe": "", "variant": "as committed",
                  "script": f"[step {step}]({script}.py)", "lesson": LESSONS[step],
-                 "documented": f"{DOCUMENTED[step]:.2f}",
+                 "course": f"{DOCUMENTED[step]:.2f}",
                  "train − test": f"{fmean(gaps):.2f}" if gaps else ""}
         files = HERE.glob(f"{script}-seed*.csv")
         for path in sorted(files, key=lambda path: (len(path.name), path.name)):
