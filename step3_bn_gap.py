@@ -52,7 +52,7 @@ def block(in_channels, out_channels):
         nn.Conv2d(in_channels, out_channels, 3, bias=False),
         nn.ReLU(),
         nn.BatchNorm2d(out_channels),
-        nn.Dropout2d(DROPOUT),  # faster and more stable here than nn.Dropout (results/README.md)
+        nn.Dropout2d(DROPOUT),  # nn.Dropout is slower, and in step 3 unstable (results/README.md)
     )
 
 

@@ -11,6 +11,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {path.name.split("_")[0]: path for path in sorted(ROOT.glob("step*.py"))}
 STEPS = {name: importlib.import_module(path.stem) for name, path in SCRIPTS.items()}
+torch.set_num_threads(1)  # faster than two on networks and batches this small
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `make test &` ignores it
 
 
@@ -41,9 +42,3 @@ def write_data(folder, train=300, test=100):
 def data_dir(tmp_path_factory):
     """A folder with 300 training and 100 test images; do not change it."""
     return write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """One thread is faster than two on networks and batches this small."""
-    torch.set_num_threads(1)

@@ -14,6 +14,18 @@ from helpers import finish, flags, read_all, start
 PARAMETERS = {"step1": 6_379_786, "step2": 20_750, "step3": 9_078, "step4": 9_538}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiling(data_dir, tmp_path_factory):
+    """A folder, a function that starts a compiled run there, and the process of the first run."""
+    def begin(*more):
+        args = [arg for arg in flags(data_dir, folder, *more) if arg != "--no-compile"]
+        return start(folder, SCRIPTS["step2"], *args, TORCHINDUCTOR_CACHE_DIR=str(folder / "cache"),
+                     TORCHINDUCTOR_COMPILE_THREADS="1", TORCHINDUCTOR_VEC_ISA_OK="0")  # faster
+
+    folder = tmp_path_factory.mktemp("compiling")
+    return folder, begin, begin()  # beside the first tests, because it takes longest
+
+
 def check_log(text, epochs, batches):
     """Compare a log, from its first epoch on, with the documented format, byte for byte."""
     bar = (rf"Loss=\d+\.\d+(e-\d+)? Batch_id={batches - 1} Accuracy=\d+\.\d\d: 100%\|█{{10}}\| "
@@ -77,25 +89,20 @@ def test_shapes_and_receptive_fields_in_the_comments(name):
     assert re.findall(r"# \d+x\d+x\d+ \| RF \d+", SCRIPTS[name].read_text("utf-8")) == found
 
 
-def test_compiler_and_its_broken_cache(data_dir, tmp_path):
+def test_compiler_and_its_broken_cache(compiling, data_dir, tmp_path):
     """A run killed while it compiles leaves empty files in the cache."""
-    cache, args = tmp_path / "cache", flags(data_dir, tmp_path / "run")
+    def losses(out):
+        rows = (out / "step2_skeleton-seed1.csv").read_text().split()[1:]
+        return [float(row.split(",")[1]) for row in rows]
 
-    def train(*args):
-        process = start(tmp_path, SCRIPTS["step2"], *args, TORCHINDUCTOR_CACHE_DIR=str(cache),
-                        TORCHINDUCTOR_COMPILE_THREADS="1", TORCHINDUCTOR_VEC_ISA_OK="0")  # faster
-        status, printed, message = finish(process, tmp_path)
-        rows = (tmp_path / "run" / "step2_skeleton-seed1.csv").read_text().split()[1:]
-        return status, printed + message, [float(row.split(",")[1]) for row in rows]
-
-    *_, losses = train(*args)
-    args.remove("--no-compile")
-    status, printed, compiled = train(*args)
-    assert status == 0 and compiled == pytest.approx(losses, rel=1e-3), printed
+    STEPS["step2"].main(flags(data_dir, tmp_path))
+    (folder, begin, process), plain = compiling, losses(tmp_path)
+    status, printed, _ = finish(process, folder)
+    assert status == 0 and losses(folder) == pytest.approx(plain, rel=1e-3), printed
     if ", not compiled" in printed:
         pytest.skip("torch.compile does not work here; it needs a C++ compiler")
-    max(cache.rglob("*.so"), key=lambda path: path.stat().st_mtime_ns).write_bytes(b"")
-    status, printed, _ = train(*args, "--resume")
-    assert status == 1 and "Traceback" not in printed and str(cache) in printed.splitlines()[-1]
-    status, printed, uncompiled = train(*args)
-    assert status == 0 and ", not compiled" in printed and uncompiled == losses, printed
+    max(folder.rglob("*.so"), key=lambda path: path.stat().st_mtime_ns).write_bytes(b"")
+    status, _, message = finish(begin("--resume"), folder)
+    assert status == 1 and "Traceback" not in message and str(folder) in message.splitlines()[-1]
+    status, printed, _ = finish(begin(), folder)
+    assert status == 0 and ", not compiled" in printed and losses(folder) == plain
