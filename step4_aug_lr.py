@@ -4,16 +4,17 @@ Target
     At least 99.4 % in each of the last five epochs, still with fewer than 10,000 parameters.
 
 Results (10 runs of 15 epochs; mean ± standard deviation)
-    9,538 parameters. Test accuracy 99.53 ± 0.04 % in the last epoch, 99.62 % in the best, 99.44 %
-    in the worst of all last fives; training up to 99.21 %. (Documented, best: 99.52 and 98.49.)
+    9,538 parameters. Test accuracy 99.53 ± 0.04 % in the last epoch, 99.62 % in the best, at least
+    99.44 % in the last five; training accuracy up to 99.21 %. (Course: test 99.52, training 98.49.)
 
 Analysis
     In every epoch each digit is rotated, sheared, scaled and shifted by new random amounts. The
-    learning rate rises to ten times that of step 3, then falls to almost nothing. What is tested
-    and saved is a moving average of the weights. The falling rate and the average do the same work:
-    they even out the noise of single batches. With neither, accuracy drops to 99.07 %. Removing
-    augmentation, weight decay or Nesterov momentum changes no more than another seed does
-    (results/README.md): little overfitting is left. Less dropout, a second 1x1: as documented.
+    learning rate rises to ten times that of step 3, then falls to almost nothing. Weight decay,
+    Nesterov momentum and a moving average of the weights, which is tested and saved, add 0.08
+    points on held-out images (12 seeds). The falling rate and the average do the same job: both
+    smooth out the noise of single batches. With neither (rate fixed at 0.1) accuracy is 99.07 %.
+    Without augmentation it is 99.50 %, within the noise between seeds: little overfitting is left.
+    The course's smaller dropout and second 1x1 add about 0.07 points each (results/README.md).
 """
 
 import torch
@@ -30,7 +31,7 @@ BATCH_SIZE = 128  # 469 batches an epoch
 LEARNING_RATE = 0.1  # the peak; OneCycleLR starts at 1/25 of it and ends near 0
 WARM_UP = 0.15  # fraction of the run in which the rate rises; then it falls along a cosine
 MOMENTUM = 0.9  # an update sums past gradients, each weighted 0.9 times the next newer one
-WEIGHT_DECAY = 5e-4  # pulls every weight towards 0, so that none grows without need
+WEIGHT_DECAY = 5e-4  # every update also pulls each weight a little towards 0
 DROPOUT = 0.03  # probability that a channel is set to zero in training
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
 
@@ -82,7 +83,7 @@ class Net(nn.Module):
 
 
 def move_average(averages, weights, batches):
-    """Average over about the last tenth of the batches (Shamir and Zhang, 2013)."""
+    """Average over about the last tenth of the `batches` so far (Shamir and Zhang, 2013)."""
     for average, current in zip(averages, weights, strict=True):
         average.copy_(average + (current - average) / (1 + batches / 10))
 

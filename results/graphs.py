@@ -70,8 +70,8 @@ def draw_drilldown():
 
 def draw_model():
     """Draw the layers of the final model: a stack of feature maps each, and its figures below."""
-    figure, net = plt.figure(figsize=(8.5, 2.5), layout="none"), STEPS["4"].Net().eval()
-    axis = figure.add_axes((0, 0, 1, 1), xlim=(-38, 812), ylim=(-165, 75))
+    figure, net = plt.figure(figsize=(8.5, 2.1), layout="none"), STEPS["4"].Net().eval()
+    axis = figure.add_axes((0, 0, 1, 1), xlim=(-38, 812), ylim=(-135, 75))
     axis.axis("off")
     image, field, jump = torch.zeros(1, 1, 28, 28), 1, 1
     for column, layer in enumerate([nn.Identity(), *net.layers]):
