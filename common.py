@@ -47,7 +47,7 @@ class Loader:
 class RandomAffine:
     """Shears, rotates, scales and shifts each image of a batch by its own random amounts.
 
-    (torchvision's gives a whole batch the same.) Angles: up to `degrees` and `shear` either way;
+    (torchvision's moves a whole batch alike.) `degrees`, `shear`: the largest angle, either way;
     `scale`: (lowest, highest) factor; `translate`: the largest shift, as a fraction of the side.
     Source: Jaderberg et al., Spatial Transformer Networks (2015), section 3.2.
     """
@@ -75,8 +75,8 @@ def train(model, loader, optimizer, args, scheduler=None):
     """Train for one epoch, print its line, return (mean loss, accuracy in per cent, seconds).
 
     `model`: float32 B×1×28×28 to log-probabilities B×10. `scheduler`: steps after every batch.
-    Loss and accuracy are measured along the way: with dropout, on augmented images, while the
-    weights still change. So the test at the end of an epoch can come out better.
+    Loss and accuracy are measured along the way: with dropout and augmentation, while the weights
+    still change. So the test at the end of an epoch can come out better.
     """
     model.train()
     losses, correct, seen, start = [], 0, 0, time.perf_counter()

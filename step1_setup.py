@@ -13,8 +13,8 @@ Analysis
     confidence. There is room to memorize: 106 parameters for each of the 60,000 training images.
 
 Next
-    Step 2 changes the network and nothing else. (The four networks are those of "CodingDrillDown",
-    a course assignment; behind "Course" stand the figures that it reports, of one run.)
+    Step 2 changes the network and nothing else. (The four networks are those of the
+    course assignment "CodingDrillDown"; "Course" is what it reports, from one run.)
 """
 
 import torch
@@ -27,7 +27,7 @@ from common import Run, get_loaders, parse_args, prepare, setup, test, train
 EPOCHS = 15
 BATCH_SIZE = 128  # 469 batches an epoch
 LEARNING_RATE = 0.01  # the same for every batch
-MOMENTUM = 0.9  # an update sums past gradients, each weighted 0.9 times the next newer one
+MOMENTUM = 0.9  # an update sums up gradients; one from n batches ago counts 0.9^n
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
 
 train_transform = v2.Compose([

@@ -12,10 +12,10 @@ Analysis
     keep the network small: one brings 32 channels down to 10 for 320 weights, and the 3x3 that
     follows takes 1,800 weights instead of 5,760.
     Training starts slowly. PyTorch initializes a convolution (Kaiming uniform, a = √5) with weights
-    of variance 1/(3n), where n is the number of inputs of one output value. So each convolution
-    with its ReLU keeps a sixth of the mean square: the signal shrinks to 0.41 of its size, and the
-    gradient much the same on its way back. In one of the five runs the loss stayed at 2.303, that
-    of guessing, for three epochs.
+    of variance 1/(3n), where n is the number of inputs of one output value. A convolution then
+    keeps a third of its input's mean square, its ReLU half of that: each layer shrinks the signal
+    to 0.41 of its size, and the gradient on its way back much the same. In one of the five runs
+    the loss stayed at 2.303, that of guessing, for three epochs.
 
 Next
     Step 3 fixes the slow start with batch normalization and makes the network smaller still.
@@ -31,7 +31,7 @@ from common import Run, get_loaders, parse_args, prepare, setup, test, train
 EPOCHS = 15
 BATCH_SIZE = 128  # 469 batches an epoch
 LEARNING_RATE = 0.01  # the same for every batch
-MOMENTUM = 0.9  # an update sums past gradients, each weighted 0.9 times the next newer one
+MOMENTUM = 0.9  # an update sums up gradients; one from n batches ago counts 0.9^n
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
 
 train_transform = v2.Compose([
@@ -45,7 +45,7 @@ test_transform = v2.Compose([  # separate: step 4 augments training images only
 
 
 def block(in_channels, out_channels, kernel_size=3):
-    """Return a convolution and its ReLU; without biases, as in the documented network."""
+    """Return a convolution and its ReLU; without biases, as in the course's network."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, bias=False),
         nn.ReLU(),

@@ -8,10 +8,10 @@ Results (5 runs of 15 epochs; mean ± standard deviation)
     training accuracy up to 98.60 %. (Course: best test 99.16 %, best training 99.06 %.)
 
 Analysis
-    Batch normalization gives every channel mean 0 and variance 1 (of the batch; in testing it uses
+    Batch normalization gives every channel mean 0 and variance 1 (over the batch; in testing, by
     running averages), then a learned scale and shift. The signal keeps its size from layer to
     layer, so training starts at once. Without batch normalization, accuracy is 0.9 points lower.
-    (Usually it stands between convolution and ReLU; like the course's, this network has it last.)
+    (It usually stands before the ReLU; here, as in the course's network, it stands behind it.)
     Global average pooling (GAP) replaces each channel by its mean over all 6x6 positions. With a
     1x1 convolution of 200 weights it does the work of the 7x7 convolution, which had 4,900. The
     1x1 convolutions are plain here, without ReLU: they only mix channels.
@@ -32,7 +32,7 @@ from common import Run, get_loaders, parse_args, prepare, setup, test, train
 EPOCHS = 15
 BATCH_SIZE = 128  # 469 batches an epoch
 LEARNING_RATE = 0.01  # the same for every batch
-MOMENTUM = 0.9  # an update sums past gradients, each weighted 0.9 times the next newer one
+MOMENTUM = 0.9  # an update sums up gradients; one from n batches ago counts 0.9^n
 DROPOUT = 0.1  # probability that a channel is set to zero in training
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
 
