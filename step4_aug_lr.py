@@ -11,10 +11,10 @@ Analysis
     In every epoch each digit is rotated, sheared, scaled and shifted by new random amounts; without
     that, accuracy is 99.50 %, within the noise: little overfitting is left. The learning rate rises
     to ten times that of step 3, then falls to almost nothing; step 3's rate costs 0.10 points.
-    Weight decay, Nesterov momentum and testing a moving average of the weights together add 0.08
-    points on held-out images. Falling rate and average do the same job: both smooth out the noise
-    of single batches. With neither (rate fixed at 0.1) accuracy is 99.07 %. The course's smaller
-    dropout and second 1x1 add about 0.07 points each (results/README.md).
+    On held-out images weight decay lowers the test loss by 6 %, testing a moving average of the
+    weights adds 0.04 points, and Nesterov momentum 0.03. Falling rate and average both smooth out
+    the noise of single batches: with neither (rate fixed at 0.1) accuracy is 99.07 %.
+    The course's smaller dropout and second 1x1 add about 0.07 points each (results/README.md).
 """
 
 import torch
