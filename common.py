@@ -200,7 +200,7 @@ def read_split(raw, split):
     path = raw / f"{split}-images-idx3-ubyte"
     with one_line(f"{path}: expected unpacked images like MNIST's, found"):
         images = mnist.read_image_file(path)
-        if images.shape[1:] != (28, 28) or not len(images):
+        if images.shape[1:] != (28, 28):
             raise ValueError(f"images of shape {tuple(images.shape)}")
     path = raw / f"{split}-labels-idx1-ubyte"
     with one_line(f"{path}: expected unpacked labels like MNIST's, found"):
