@@ -17,8 +17,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `make test
 
 def write_idx(path, items):
     """Write a uint8 tensor N×28×28 or N as an IDX file."""
-    magic = {3: 2051, 1: 2049}[items.ndim]
-    header = struct.pack(f">{1 + items.ndim}I", magic, *items.shape)
+    header = struct.pack(f">{1 + items.ndim}I", 2048 + items.ndim, *items.shape)
     path.write_bytes(header + items.numpy().tobytes())
 
 

@@ -139,7 +139,9 @@ CHANGES = [  # (file, a text that is in it once, what takes its place)
     *((ALL, f"torch.load({path}, map_location=\"cpu\", weights_only=True)",
        f"torch.load({path}, map_location=\"cpu\", weights_only=False)")
       for path in ("args.evaluate", 'f"{self.prefix}.ckpt"')),
-    # data
+    # data and reports
+    (ALL, "args.data == MNIST_SHA256 else", "args.data != MNIST_SHA256 else"),
+    ("results/report.py", ' if ".previous" not in path.name', ""),
     (ALL, "5f617ad9", "5f617ad8"),
     (ALL, 'Path(folder, "package", "data")', 'Path(folder, "data")'),
     (ALL, "if hash_files(raw) != MNIST_SHA256:", "if False:"),

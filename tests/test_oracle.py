@@ -19,8 +19,7 @@ from torch.nn import functional as F
 import common
 
 SEED, EPOCHS, BATCH = 5, 2, 4
-TRAIN, TEST = 30, 14  # images; both splits end with a short batch
-BATCHES = 8  # of training images
+TRAIN, TEST, BATCHES = 30, 14, 8  # images, training batches; both splits end with a short batch
 OPTIMIZERS = {
     "step1": {"lr": 0.01, "momentum": 0.9},
     "step2": {"lr": 0.01, "momentum": 0.9},
@@ -72,8 +71,7 @@ def transform(images, augment=None):
 
 def count_correct(output, labels):
     """Return how many rows of the output are highest at their label."""
-    return sum(row.index(max(row)) == label
-               for row, label in zip(output.tolist(), labels.tolist(), strict=True))
+    return (output.argmax(dim=1) == labels).sum().item()
 
 
 @functools.cache

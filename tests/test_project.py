@@ -66,9 +66,11 @@ def test_make(project):
 
 
 def test_tables_are_those_that_the_report_writes(project):
-    before = read_all(project)
-    assert call(project, sys.executable, "results/report.py")[0] == 0
-    assert read_all(project) == before
+    before, report = read_all(project), (sys.executable, "results/report.py")
+    assert call(project, *report)[0] == 0 and read_all(project) == before
+    run = project / "results" / "step2_skeleton-seed1.csv"
+    _, shown, _ = call(project, *report, run, shutil.copy(run, run.with_suffix(".previous.csv")))
+    assert shown.count("98.814") == 2 and "previous" not in shown  # mean of the last five
 
 
 @pytest.mark.mnist
