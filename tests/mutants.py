@@ -126,6 +126,7 @@ CHANGES = [  # (file, a text that is in it once, what takes its place)
     (ALL, 'os.replace(temporary, f"{self.prefix}{suffix}")',
      'Path(f"{self.prefix}{suffix}").write_bytes(content)'),
     (ALL, "log.exists() and", "False and"),
+    (ALL, "            tempfile.TemporaryFile(dir=args.out).close()", "            pass"),
     (ALL, "        if self.args.smoke:\n", "        if False:\n"),
     (ALL, "Path(script).stem", "Path(script).stem.split('_')[0]"),
     (ALL, "temporary.unlink(missing_ok=True)", "pass"),
