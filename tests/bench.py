@@ -47,9 +47,8 @@ def measure(script, flags, changes, data):
         change(module)
     with tempfile.TemporaryDirectory() as out, redirect_stdout(io.StringIO()) as printed:
         module.main([*flags, "--epochs", "2", "--data-dir", str(data), "--out", out])
-        [csv] = Path(out).glob("*.csv")
-        seconds = float(csv.read_text().strip().rsplit(",", 1)[1])
-    return seconds, printed.getvalue()
+        seconds = next(Path(out).glob("*.csv")).read_text().strip().rsplit(",", 1)[1]
+    return float(seconds), printed.getvalue()
 
 
 def main(rounds=5):

@@ -16,14 +16,14 @@ PARAMETERS = {"step1": 6_379_786, "step2": 20_750, "step3": 9_078, "step4": 9_53
 
 @pytest.fixture(scope="module", autouse=True)
 def compiling(data_dir, tmp_path_factory):
-    """A folder, a function that starts a compiled run there, and the process of the first run."""
-    def begin(*more):
-        args = [arg for arg in flags(data_dir, folder, *more) if arg != "--no-compile"]
-        return start(folder, SCRIPTS["step2"], *args, TORCHINDUCTOR_CACHE_DIR=str(folder / "cache"),
+    """A folder, a function that starts a compiled run in one, and the process of the first run."""
+    def begin(out, *more):
+        args = [arg for arg in flags(data_dir, out, *more) if arg != "--no-compile"]
+        return start(out, SCRIPTS["step2"], *args, TORCHINDUCTOR_CACHE_DIR=str(folder / "cache"),
                      TORCHINDUCTOR_COMPILE_THREADS="1", TORCHINDUCTOR_VEC_ISA_OK="0")  # faster
 
     folder = tmp_path_factory.mktemp("compiling")
-    return folder, begin, begin()  # beside the first tests, because it takes longest
+    return folder, begin, begin(folder)  # beside the first tests, because it takes longest
 
 
 def check_log(text, epochs, batches):
@@ -102,7 +102,8 @@ def test_compiler_and_its_broken_cache(compiling, data_dir, tmp_path):
     if ", not compiled" in printed:
         pytest.skip("torch.compile does not work here; it needs a C++ compiler")
     max(folder.rglob("*.so"), key=lambda path: path.stat().st_mtime_ns).write_bytes(b"")
-    status, _, message = finish(begin("--resume"), folder)
+    resumed, new = begin(folder, "--resume"), begin(tmp_path / "new")
+    status, _, message = finish(resumed, folder)
     assert status == 1 and "Traceback" not in message and str(folder) in message.splitlines()[-1]
-    status, printed, _ = finish(begin(), folder)
-    assert status == 0 and ", not compiled" in printed and losses(folder) == plain
+    status, printed, _ = finish(new, tmp_path / "new")
+    assert status == 0 and ", not compiled" in printed and losses(tmp_path / "new") == plain
