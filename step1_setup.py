@@ -13,8 +13,8 @@ Analysis
     confidence. There is room to memorize: 106 parameters for each of the 60,000 training images.
 
 Next
-    Step 2 changes the network and nothing else. (The four networks are those of the
-    course assignment "CodingDrillDown"; "Course" is what it reports, from one run.)
+    Step 2 changes the network and nothing else. (The four networks are those of the course
+    assignment "CodingDrillDown"; "Course" is what it reports, from one run.)
 """
 
 import torch

@@ -14,8 +14,8 @@ Analysis
     Training starts slowly. PyTorch initializes a convolution (Kaiming uniform, a = √5) with weights
     of variance 1/(3n), where n is the number of inputs of one output value. A convolution then
     keeps a third of its input's mean square, its ReLU half of that: each layer shrinks the signal
-    to 0.41 of its size, and the gradient on its way back much the same. In one run the loss stayed
-    at that of guessing, 2.303, for three epochs. He initialization mends it (results/README.md).
+    to 0.41 of its size, and the gradient shrinks likewise on its way back. One of the five runs
+    kept the loss of guessing, 2.303, for three epochs. He initialization helps (results/README.md).
 
 Next
     Step 3 fixes the slow start with batch normalization and makes the network smaller still.

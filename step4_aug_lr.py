@@ -102,7 +102,7 @@ def main(argv=None):
         scheduler = OneCycleLR(optimizer, LEARNING_RATE, args.epochs * len(train_loader),
                                pct_start=WARM_UP, cycle_momentum=False)  # momentum stays at 0.9
         average = AveragedModel(model, multi_avg_fn=move_average, use_buffers=True)
-        optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
+        optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))  # each batch
         for epoch in run.epochs(model, optimizer, scheduler, average):  # --resume: the epochs left
             print(f"EPOCH: {epoch}")
             train_loss, train_accuracy, seconds = train(

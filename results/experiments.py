@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import tempfile
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,10 +105,8 @@ def recipe(weight_decay, averaged, nesterov):
             optimizer.param_groups[0].update(weight_decay=weight_decay, nesterov=nesterov)
             return common.train(model, loader, optimizer, *others)
 
-        def test(average, loader):
-            return common.test(average if averaged else network[0], loader)
-
-        constants(train=train, test=test)(module)
+        constants(train=train, test=lambda average, loader: common.test(
+            average if averaged else network[0], loader))(module)
     return change
 
 
@@ -128,9 +126,9 @@ RECIPES = {"A": recipe(0.0, False, False), "B": recipe(5e-4, False, False),
            "C": recipe(5e-4, True, False), "D": recipe(5e-4, True, True)}
 THREE, FIVE = range(1, 4), range(1, 6)  # seeds
 HELD_OUT = edited("get_loaders", hold_out)
-DOCUMENTED = (RECIPES["A"], transform_slowly,
-              schedule(0.01, lambda batch: 0.1 ** (batch // (8 * 469))),  # after eight epochs
-              edited("block", lambda block: nn.Sequential(*block[:3], nn.Dropout(block[3].p))))
+DROP_VALUES = edited("block", lambda block: nn.Sequential(*block[:3], nn.Dropout(block[3].p)))
+DOCUMENTED = (RECIPES["A"], transform_slowly, DROP_VALUES,
+              schedule(0.01, lambda batch: 0.1 ** (batch // (8 * 469))))  # after eight epochs
 NO_AVERAGE = recipe(5e-4, False, True)
 INGREDIENTS = [  # step, what is left out or put in its place
     *((step, "as it is") for step in (2, 3, 4)),
@@ -165,8 +163,8 @@ NAMES = list(dict.fromkeys(variant.experiment for variant in VARIANTS))
 
 def key_of(variant, seed):
     """Return what tells this run from all others, in its rows: a dict of str by column."""
-    recipe = variant.recipe if variant.step == 4 else ""
-    return {"experiment": variant.experiment, "recipe": recipe, "variant": variant.name,
+    letter = variant.recipe if variant.step == 4 else ""
+    return {"experiment": variant.experiment, "recipe": letter, "variant": variant.name,
             "step": str(variant.step), "seed": str(seed)}
 
 
@@ -222,5 +220,7 @@ def main():
 
 
 if __name__ == "__main__":
-    with suppress(KeyboardInterrupt):  # what is finished is in the csv
+    try:
         main()
+    except KeyboardInterrupt:  # what is finished is in the csv
+        sys.exit(130)

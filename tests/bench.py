@@ -16,15 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
 import torchvision  # noqa: E402
-from experiments import DOCUMENTED, edited  # noqa: E402
-from torch import nn  # noqa: E402
+from experiments import DOCUMENTED, DROP_VALUES  # noqa: E402
 
 IMAGES = 7680  # 60 batches of 128
 EAGER = ("--fp32", "--no-compile")
-SINGLE = edited("block", lambda block: nn.Sequential(*block[:3], nn.Dropout(block[3].p)))
 PAIRS = [  # words, script, the first run (flags, changes), the second
     ("documented recipe against step 4", "step4_aug_lr", (EAGER, DOCUMENTED), ((), ())),
-    ("nn.Dropout against nn.Dropout2d", "step4_aug_lr", ((), (SINGLE,)), ((), ())),
+    ("nn.Dropout against nn.Dropout2d", "step4_aug_lr", ((), (DROP_VALUES,)), ((), ())),
     *((f"`--fp32 --no-compile` against the defaults, {script}", script, (EAGER, ()), ((), ()))
       for script in ("step1_setup", "step2_skeleton", "step3_bn_gap", "step4_aug_lr")),
 ]
