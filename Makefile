@@ -69,7 +69,7 @@ seeds: setup $(DATA) ## Train STEP=4 with each of SEEDS="1 2 3" into OUT=runs, p
 	@$(if $(findstring --smoke,$(ARGS)),,$(PY) results/report.py $(CSV))
 
 diff: ## Show what changes between two steps: make diff A=3 B=4
-	@git --no-pager diff --no-index $(call script,$(A)) $(call script,$(B)) || test $$? -eq 1
+	@git -P diff --no-index $(call script,$(A)) $(call script,$(B)) || test $$? -eq 1 -o $$? -eq 141
 test: setup ## Run the tests: they need neither MNIST nor the internet
 	@$(PY) -m pytest $(ARGS)
 lint: setup ## Check the style with ruff

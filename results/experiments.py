@@ -2,10 +2,9 @@
 
     python results/experiments.py [EXPERIMENT ...] [--only VARIANT ...] [--seeds 1 2 3] [--jobs 2]
 
-Each run is a step of this project in a process of its own, after something was changed in its
-module. All variants are run with seed 1, then all with seed 2, and so on. When a run ends, its
-rows go into experiments.csv; runs that are in there are skipped, so call this again after an
-interruption. The csv also holds `search` and `fastpath`, made with recipe D.
+Each run is a step of this project in a process of its own, with something changed in its module:
+all variants with seed 1, then all with seed 2, and so on. Runs that are in experiments.csv already
+are skipped. (Its `search` and `fastpath` were made with recipe D, by code in the git history.)
 """
 
 import argparse
@@ -133,8 +132,7 @@ NO_AVERAGE = recipe(5e-4, False, True)
 INGREDIENTS = [  # step, what is left out or put in its place
     *((step, "as it is") for step in (2, 3, 4)),
     (2, "He initialization", edited("Net", lambda net: net.apply(initialize))),
-    (3, "no batch normalization",
-     edited("block", lambda block: nn.Sequential(*block[:2], block[3]))),
+    (3, "no batch normalization", edited("block", lambda old: nn.Sequential(*old[:2], old[3]))),
     (3, "no dropout", constants(DROPOUT=0.0)),
     (3, "6x6 convolution, no GAP, no 1x1", edited("Net", end_in(6))),
     (4, "no augmentation", leave_plain),

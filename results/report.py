@@ -160,9 +160,12 @@ def to_table(rows, columns, measures, reference=None):
             row, name = run["row"], ", ".join(word for word in words.split(" | ") if word)
             machine = ", ".join(f"{column} {row[column]}" for column in LOGGED if column in row)
             machines.setdefault(f"- {machine}: ", {}).setdefault(name, []).append(seed)
-    captions = [machine + "; ".join(f"{name} (seeds {', '.join(seeds)})" for name, seeds in
-                                    parts.items()) for machine, parts in machines.items()]
-    captions = captions if len(machines) > 1 else [machine[2:-2] for machine in machines]
+    captions = [machine[2:-2] for machine in machines] if len(machines) == 1 else []
+    for machine, parts in machines.items() if len(machines) > 1 else ():
+        if len(parts) == len(groups) and len({*map(tuple, parts.values())}) == 1:
+            parts = {"all rows": next(iter(parts.values()))}
+        captions.append(machine + "; ".join(
+            f"{name} (seeds {', '.join(seeds)})" for name, seeds in parts.items()))
     return "\n".join([*(f"| {line} |" for line in lines), "", *captions])
 
 
