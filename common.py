@@ -47,7 +47,7 @@ class Loader:
 class RandomAffine:
     """Shears, rotates, scales and shifts each image of a batch by its own random amounts.
 
-    (torchvision's moves a whole batch alike.) `degrees`, `shear`: the largest angle, either way;
+    (torchvision's changes a whole batch alike.) `degrees`, `shear`: the largest angle, either way;
     `scale`: (lowest, highest) factor; `translate`: the largest shift, as a fraction of the side.
     Source: Jaderberg et al., Spatial Transformer Networks (2015), section 3.2.
     """
@@ -117,7 +117,7 @@ def test(model, loader):
         seen += len(images)
     loss, accuracy = loss.item() / seen, 100 * correct.item() / seen
     if not math.isfinite(loss):
-        sys.exit("The test loss is not finite; train anew (no --resume) at a smaller LEARNING_RATE")
+        sys.exit("The test loss is not finite; train without --resume at a lower LEARNING_RATE")
     print(f"\nTest set: Average loss: {loss:.4f}, Accuracy: {correct}/{seen} ({accuracy:.2f}%)\n")
     return loss, accuracy
 
@@ -138,11 +138,11 @@ def parse_args(argv, description, epochs, batch_size):
     add("--no-compile", action="store_true", help="never use torch.compile")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--smoke", action="store_true", help="train and test on one batch each; save nothing")
-    add("--resume", action="store_true", help="go on after the last finished epoch")
+    add("--resume", action="store_true", help="continue after the last finished epoch")
     add("--evaluate", type=Path, metavar="WEIGHTS", help="only test these weights; save nothing")
     args = parser.parse_args(argv)
     if min(args.epochs, args.batch_size) < 1 or not 0 <= args.seed < 2**63:
-        parser.error("--epochs and --batch-size begin at 1; --seed lies between 0 and 2**63 - 1")
+        parser.error("--epochs and --batch-size must be 1 or more, --seed 0 to 2**63 - 1")
     args.data_dir, args.out = args.data_dir.expanduser(), args.out.expanduser()
     args.epochs = 1 if args.smoke else args.epochs
     return args
@@ -198,12 +198,12 @@ def get_loaders(args, train_transform, test_transform):
 def read_split(raw, split):
     """Return images (uint8 N×1×28×28) and labels (int64 N, 0..9) of "train" or "t10k"."""
     path = raw / f"{split}-images-idx3-ubyte"
-    with one_line(f"{path}: expected unpacked images like MNIST's, found"):
+    with one_line(f"{path}: cannot be read as unpacked images of MNIST's format"):
         images = mnist.read_image_file(path)
         if images.shape[1:] != (28, 28):
             raise ValueError(f"images of shape {tuple(images.shape)}")
     path = raw / f"{split}-labels-idx1-ubyte"
-    with one_line(f"{path}: expected unpacked labels like MNIST's, found"):
+    with one_line(f"{path}: cannot be read as unpacked labels of MNIST's format"):
         labels = mnist.read_label_file(path)
         if len(labels) != len(images) or labels.max() > 9:
             raise ValueError(f"{len(labels)} labels up to {labels.max()} for {len(images)} images")
@@ -282,7 +282,7 @@ class Run:
     def __init__(self, script, args):
         self.args, self.rows, self.text = args, [], ""  # rows of the csv, text of the log
         self.prefix = args.out / f"{Path(script).stem}-seed{args.seed}"
-        self.advice = f"Finished epochs, if any, are in {self.prefix}.*; --resume goes on there."
+        self.advice = f"Finished epochs, if any, are in {self.prefix}.*; --resume continues there."
         code = ast.dump(ast.parse(Path(script).read_bytes()))  # the same if a comment changes
         args.script = f"{Path(script).name} {hashlib.sha256(code.encode()).hexdigest()[:8]}"
 
@@ -366,8 +366,8 @@ class Run:
 
     def restore(self):
         """Go back to the last epoch in the checkpoint; exit with 1 if that is impossible."""
-        with one_line(f"{self.prefix}.ckpt: --resume needs the script, settings (also epochs: a "
-                      "schedule spans them all) and machine that the run began with, found"):
+        with one_line(f"{self.prefix}.ckpt: --resume needs the script, settings (also --epochs: a "
+                      "schedule spans them all) and machine that the run began with"):
             checkpoint = torch.load(f"{self.prefix}.ckpt", map_location="cpu", weights_only=True)
             for name, before in checkpoint["settings"].items():
                 if before != self.settings[name]:

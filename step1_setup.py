@@ -5,16 +5,16 @@ Target
 
 Results (2 runs of 15 epochs; mean ± standard deviation)
     6,379,786 parameters. Test accuracy 99.26 ± 0.08 % in the last epoch, 99.32 % in the best;
-    training accuracy up to 99.97 %. (Course: best test 99.26 %, best training 99.94 %.)
+    training accuracy up to 99.97 %. (Course: best test 99.26 %, best training 99.94 %. That is the
+    assignment "CodingDrillDown", from which the four networks are; it reports one run of each.)
 
 Analysis
-    The network overfits. From epoch 5 on, test accuracy barely moves while the training loss falls
-    to about a seventh and the test loss rises: about as many mistakes as before, made with more
-    confidence. There is room to memorize: 106 parameters for each of the 60,000 training images.
+    The network overfits. From epoch 5 on, the training loss falls to less than a fifth while the
+    test loss rises and test accuracy stays between 99.0 and 99.3 %. At the end training accuracy is
+    0.69 points ahead. There is room to memorize: 106 parameters for each of the 60,000 images.
 
 Next
-    Step 2 changes the network and nothing else. (The four networks are those of the course
-    assignment "CodingDrillDown"; "Course" is what it reports, from one run.)
+    Step 2 changes the network and nothing else.
 """
 
 import torch
@@ -27,7 +27,7 @@ from common import Run, get_loaders, parse_args, prepare, setup, test, train
 EPOCHS = 15
 BATCH_SIZE = 128  # 469 batches an epoch
 LEARNING_RATE = 0.01  # the same for every batch
-MOMENTUM = 0.9  # an update sums up gradients; one from n batches ago counts 0.9^n
+MOMENTUM = 0.9  # an update adds up gradients; one from n batches ago counts 0.9^n times
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
 
 train_transform = v2.Compose([

@@ -8,17 +8,17 @@ Results (5 runs of 15 epochs; mean ± standard deviation)
     training accuracy up to 99.27 %. (Course: best test 98.69 %, best training 98.85 %.)
 
 Analysis
-    Accuracy is 0.6 points lower than in step 1, but the test loss does not rise. 1x1 convolutions
-    keep the network small: one brings 32 channels down to 10 for 320 weights, and the 3x3 that
-    follows takes 1,800 weights instead of 5,760.
-    Training starts slowly. PyTorch initializes a convolution (Kaiming uniform, a = √5) with weights
-    of variance 1/(3n), where n is the number of inputs of one output value. A convolution then
+    It overfits less: training accuracy is 0.48 points ahead (step 1: 0.69), and the test loss does
+    not rise. Accuracy is 0.6 points lower. 1x1 convolutions save weights: one turns 32 channels
+    into 10 with 320, and the 3x3 that follows needs 1,800 instead of 5,760.
+    Training starts slowly. PyTorch draws the weights of a convolution (Kaiming uniform, a = √5)
+    with variance 1/(3n), where n is the number of inputs of one output value. So a convolution
     keeps a third of its input's mean square, its ReLU half of that: each layer shrinks the signal
-    to 0.41 of its size, and the gradient shrinks likewise on its way back. One of the five runs
-    kept the loss of guessing, 2.303, for three epochs. He initialization helps (results/README.md).
+    to √(1/6) = 0.41 of its size. One run of five stayed at the loss of guessing, 2.303, for three
+    epochs. He initialization mends it: the first epoch's loss is 0.30 instead of 1.82.
 
 Next
-    Step 3 fixes the slow start with batch normalization and makes the network smaller still.
+    Step 3 mends it with batch normalization instead, and makes the network smaller still.
 """
 
 import torch
@@ -31,7 +31,7 @@ from common import Run, get_loaders, parse_args, prepare, setup, test, train
 EPOCHS = 15
 BATCH_SIZE = 128  # 469 batches an epoch
 LEARNING_RATE = 0.01  # the same for every batch
-MOMENTUM = 0.9  # an update sums up gradients; one from n batches ago counts 0.9^n
+MOMENTUM = 0.9  # an update adds up gradients; one from n batches ago counts 0.9^n times
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
 
 train_transform = v2.Compose([
@@ -45,7 +45,7 @@ test_transform = v2.Compose([  # separate: step 4 augments training images only
 
 
 def block(in_channels, out_channels, kernel_size=3):
-    """Return a convolution and its ReLU; without biases, as in the course's network."""
+    """Return a convolution and its ReLU; no biases or padding, as in the course's network."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, bias=False),
         nn.ReLU(),

@@ -8,18 +8,19 @@ Results (5 runs of 15 epochs; mean ± standard deviation)
     training accuracy up to 98.60 %. (Course: best test 99.16 %, best training 99.06 %.)
 
 Analysis
-    Batch normalization gives every channel mean 0 and variance 1 (over the batch; in testing, by
-    running averages), then a learned scale and shift. The signal keeps its size from layer to
-    layer, so training starts at once. Without batch normalization, accuracy is 0.9 points lower.
-    (It usually stands before the ReLU; here, as in the course's network, it stands behind it.)
-    Global average pooling (GAP) replaces each channel by its mean over all 6x6 positions. With a
-    1x1 convolution of 200 weights it does the work of the 7x7 convolution, which had 4,900. The
-    1x1 convolutions are plain here, without ReLU: they only mix channels.
-    Dropout sets whole channels to zero in training only, so in the log the training accuracy is
-    below the test accuracy. Measured without dropout, it is 0.10 points above (step 2: 0.48).
+    Batch normalization gives every channel mean 0 and variance 1 over the batch (in testing, by
+    running averages), then a learned scale and shift. So the signal keeps its size, and training
+    starts at once: the first epoch's loss is 0.66; without batch normalization it is 2.30, and
+    accuracy ends 0.9 points lower. (ResNet and most others put it before the ReLU; here, as in the
+    course's network, it comes after.)
+    Global average pooling (GAP) replaces each channel by its mean over 6x6 positions; a 1x1
+    convolution with 200 weights follows. In their place a 6x6 convolution needs 7,200 and is not
+    measurably better. Narrower layers save even more: at most 20 channels, not 32.
+    Dropout sets whole channels to zero in training only, so the log's training accuracy is below
+    its test accuracy. Without dropout the test loss is 0.0035 higher.
 
 Next
-    Step 4 changes the end of this network, the dropout, and how the network is trained.
+    Step 4 keeps nearly the same network and trains it better.
 """
 
 import torch
@@ -32,8 +33,8 @@ from common import Run, get_loaders, parse_args, prepare, setup, test, train
 EPOCHS = 15
 BATCH_SIZE = 128  # 469 batches an epoch
 LEARNING_RATE = 0.01  # the same for every batch
-MOMENTUM = 0.9  # an update sums up gradients; one from n batches ago counts 0.9^n
-DROPOUT = 0.1  # probability that a channel is set to zero in training
+MOMENTUM = 0.9  # an update adds up gradients; one from n batches ago counts 0.9^n times
+DROPOUT = 0.1  # probability that a channel is set to zero in training; as in the course
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
 
 train_transform = v2.Compose([
@@ -67,7 +68,7 @@ class Net(nn.Module):
         self.layers = nn.Sequential(  # height x width x channels of the output | RF
             block(1, 10),  # 26x26x10 | RF 3
             block(10, 20),  # 24x24x20 | RF 5
-            nn.Conv2d(20, 10, 1, bias=False),  # 24x24x10 | RF 5
+            nn.Conv2d(20, 10, 1, bias=False),  # 24x24x10 | RF 5: as in the course, no ReLU
             nn.MaxPool2d(2),  # 12x12x10 | RF 6
             block(10, 16),  # 10x10x16 | RF 10
             block(16, 16),  # 8x8x16 | RF 14

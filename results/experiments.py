@@ -62,7 +62,7 @@ def leave_plain(module):
 
 
 def transform_slowly(module):
-    """Let PIL transform the training images one by one, as was documented."""
+    """Let PIL transform the training images one by one, as in the course."""
     transform = transforms.Compose([
         transforms.ToPILImage(),
         transforms.ColorJitter(0.4),
@@ -75,7 +75,7 @@ def transform_slowly(module):
 
 
 def end_in(kernel_size):
-    """Return an edit: one convolution, 20 to 10, in the place of a network's last two layers."""
+    """Return an edit: one convolution, 20 to 10, instead of a network's last two layers."""
     def edit(net):
         net.layers = net.layers[:-2].append(nn.Conv2d(20, 10, kernel_size, bias=False))
         return net
@@ -110,7 +110,7 @@ def recipe(weight_decay, averaged, nesterov):
 
 
 class Variant(NamedTuple):
-    """One line of a table: where it stands, its words, and what is run, how and how often."""
+    """One line of a table: the table, its name there, and which runs with which changes make it."""
 
     experiment: str
     name: str
@@ -160,7 +160,7 @@ NAMES = list(dict.fromkeys(variant.experiment for variant in VARIANTS))
 
 
 def key_of(variant, seed):
-    """Return what tells this run from all others, in its rows: a dict of str by column."""
+    """Return what identifies this run in its rows: a dict of str by column."""
     letter = variant.recipe if variant.step == 4 else ""
     return {"experiment": variant.experiment, "recipe": letter, "variant": variant.name,
             "step": str(variant.step), "seed": str(seed)}

@@ -1,12 +1,12 @@
-"""Write the tables of README.md and results/README.md, or tell of some runs, or test the weights.
+"""Write the tables of README.md and results/README.md, or sum up some runs, or test the weights.
 
     python results/report.py                                the tables, each between its markers
     python results/report.py runs/step4_aug_lr-seed*.csv    mean, spread and last five of these runs
     python results/report.py --verify                       the committed weights, tested
 
 A marker names the runs of its table, what tells its lines apart, the measures, and with which
-line the others are compared. Accuracies are in per cent. Before ± stands a mean, behind it the
-standard deviation; in a difference, taken seed by seed, the standard error of its mean.
+line the others are compared. Accuracies are in per cent. After ± is the standard deviation, or
+the standard error of a difference, which is taken seed by seed.
 """
 
 import argparse
@@ -93,10 +93,10 @@ def all_rows():
         weights = [row | {"experiment": "verified", "step": step, "variant": ""}
                    for row in verified if row["script"] == script]
         gaps = [float(row["train_accuracy"]) - float(row["test_accuracy"]) for row in weights]
-        words = {"experiment": "results", "step": step, "recipe": "", "variant": "as committed",
-                 "script": f"[step {step}]({script}.py)", "lesson": LESSONS[step],
-                 "course": f"{DOCUMENTED[step]:.2f}",
-                 "train − test": f"{fmean(gaps):.2f}" if gaps else ""}
+        gap = f"{fmean(gaps):.2f} ± {stdev(gaps):.2f}" if len(gaps) > 1 else ""
+        words = {"experiment": "results", "step": step, "recipe": "D" if step == "4" else "",
+                 "variant": "as committed", "script": f"[step {step}]({script}.py)",
+                 "lesson": LESSONS[step], "course": f"{DOCUMENTED[step]:.2f}", "train − test": gap}
         files = HERE.glob(f"{script}-seed*.csv")
         for path in sorted(files, key=lambda path: (len(path.name), path.name)):
             seed, log = path.stem.split("-seed")[1], path.with_suffix(".log").read_text("utf-8")
