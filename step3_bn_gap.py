@@ -10,14 +10,14 @@ Results (5 runs of 15 epochs; mean ± standard deviation)
 Analysis
     Batch normalization gives every channel mean 0 and variance 1 over the batch (in testing, by
     running averages), then a learned scale and shift. So the signal keeps its size, and training
-    starts at once: the first epoch's loss is 0.66; without batch normalization it is 2.30, and
+    starts at once: the first epoch's loss is 0.65; without batch normalization it is 2.30, and
     accuracy ends 0.9 points lower. (ResNet and most others put it before the ReLU; here, as in the
     course's network, it comes after.)
     Global average pooling (GAP) replaces each channel by its mean over 6x6 positions; a 1x1
     convolution with 200 weights follows. In their place a 6x6 convolution needs 7,200 and is not
     measurably better. Narrower layers save even more: at most 20 channels, not 32.
     Dropout sets whole channels to zero in training only, so the log's training accuracy is below
-    its test accuracy. Without dropout the test loss is 0.0035 higher.
+    its test accuracy. Without dropout, test accuracy is 0.11 points lower.
 
 Next
     Step 4 keeps nearly the same network and trains it better.

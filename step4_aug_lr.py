@@ -8,11 +8,11 @@ Results (10 runs of 15 epochs; mean ± standard deviation)
     99.44 % in the last five; training accuracy up to 99.21 %. (Course: test 99.52, training 98.49.)
 
 Analysis
-    Augmentation rotates, shears, scales and shifts each digit anew in every epoch. Without it the
-    accuracy is 99.50 %, no clear loss, and the test loss 0.0158 (with it 0.0150); but the log's
-    training accuracy is then 0.03 points above its test accuracy, with augmentation 0.30 below.
-    Falling learning rate and average of weights both smooth out the noise of single batches: with
-    one of them accuracy is 99.5 %, with neither 99.07 %.
+    Augmentation rotates, shears, scales and shifts each digit anew in every epoch. It gains nothing
+    measurable: without it accuracy is 0.06 ± 0.04 points lower, the test loss 0.0160 instead of
+    0.0149. But training accuracy in the log is then 0.03 above test accuracy, with it 0.34 below.
+    A falling learning rate and an average of the weights both smooth out the noise of single
+    batches. With one of them accuracy is at least 99.52 %, with neither (rate 0.1) 99.03 %.
 
 Next
     Copy this file and try an idea of your own; README.md says how, under "Options".
