@@ -12,7 +12,7 @@ Analysis
     measurable: without it accuracy is 0.06 ± 0.04 points lower, the test loss 0.0160 instead of
     0.0149. But training accuracy in the log is then 0.03 above test accuracy, with it 0.34 below.
     A falling learning rate and an average of the weights both smooth out the noise of single
-    batches. With one of them accuracy is at least 99.52 %, with neither (rate 0.1) 99.03 %.
+    batches. At a rate of 0.1 either gives 99.5 %; with neither, accuracy is 99.03 %.
 
 Next
     Copy this file and try an idea of your own; README.md says how, under "Options".
@@ -28,11 +28,11 @@ from common import RandomAffine, Run, get_loaders, parse_args, prepare, setup, t
 
 EPOCHS = 15
 BATCH_SIZE = 128  # 469 batches an epoch
-LEARNING_RATE = 0.1  # the peak: the rate rises to it, then falls to almost 0 along a cosine
+LEARNING_RATE = 0.1  # the peak, then along a cosine to almost 0; 0.01 throughout costs 0.12 points
 WARM_UP = 0.15  # fraction of the run in which the rate rises; held out, 0.3 was no better
 MOMENTUM = 0.9  # an update adds up gradients; one from n batches ago counts 0.9^n times
-WEIGHT_DECAY = 5e-4  # a third ingredient, shrinks weights; held out, test loss 6 % lower
-DROPOUT = 0.03  # probability that a channel is set to zero in training; as in the course
+WEIGHT_DECAY = 5e-4  # a third ingredient: held out, test loss 6 % lower; on test images 7 % higher
+DROPOUT = 0.03  # probability that a channel is set to zero in training; 0.1 costs 0.09 points
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
 
 train_transform = v2.Compose([
@@ -73,7 +73,7 @@ class Net(nn.Module):
             block(16, 16),  # 8x8x16 | RF 14
             block(16, 20),  # 6x6x20 | RF 18
             nn.AvgPool2d(6),  # 1x1x20 | RF 28
-            nn.Conv2d(20, 22, 1, bias=False),  # 1x1x22 | RF 28: as in the course
+            nn.Conv2d(20, 22, 1, bias=False),  # 1x1x22 | RF 28: adds 0.06 points
             nn.Conv2d(22, 10, 1, bias=False),  # 1x1x10 | RF 28
         )
 
