@@ -28,7 +28,7 @@ MNIST_SHA256 = "5f617ad9c21210b06a84523faa989821d0a8990220a212a11ee8fb720bfd5317
 
 
 class Loader:
-    """Cuts images (uint8 N×1×28×28) and labels (int64 N) into batches; transforms whole batches."""
+    """Cuts images (uint8 Nx1x28x28) and labels (int64 N) into batches; transforms whole batches."""
 
     def __init__(self, images, labels, transform, batch_size, shuffle):
         self.images, self.labels, self.transform = images, labels, transform
@@ -56,7 +56,7 @@ class RandomAffine:
         self.degrees, self.shear, self.scale, self.translate = degrees, shear, scale, translate
 
     def __call__(self, images):
-        """Take and return float32 B×1×H×H; 0 (black) where an image does not reach."""
+        """Take and return float32 Bx1xHxH; 0 (black) where an image does not reach."""
         angle, shear, zoom, dx, dy = 2 * torch.rand(5, len(images), device=images.device) - 1
         low, high = self.scale
         scale = (low + high) / 2 + zoom * (high - low) / 2
@@ -66,7 +66,7 @@ class RandomAffine:
         cos, sin = angle.cos() / scale, angle.sin() / scale
         # [[1, slope], [0, 1]] @ [[cos, sin], [-sin, cos]]: where an output pixel comes from
         inverse = torch.stack((cos - slope * sin, sin + slope * cos, -sin, cos), 1).view(-1, 2, 2)
-        offset = -2 * inverse @ shift.unsqueeze(2)  # B×2×1; for grid_sample a side is 2 long
+        offset = -2 * inverse @ shift.unsqueeze(2)  # Bx2x1; for grid_sample a side is 2 long
         grid = F.affine_grid(torch.cat((inverse, offset), 2), images.shape, align_corners=False)
         return F.grid_sample(images, grid, align_corners=False)
 
@@ -74,7 +74,7 @@ class RandomAffine:
 def train(model, loader, optimizer, args, scheduler=None):
     """Train for one epoch, print its line, return (mean loss, accuracy in per cent, seconds).
 
-    `model`: float32 B×1×28×28 to log-probabilities B×10. `scheduler`: steps after every batch.
+    `model`: float32 Bx1x28x28 to log-probabilities Bx10. `scheduler`: steps after every batch.
     Loss and accuracy are measured along the way: with dropout and augmentation, while the weights
     still change. So the test at the end of an epoch can come out better.
     """
@@ -83,7 +83,7 @@ def train(model, loader, optimizer, args, scheduler=None):
     bar_format = "{l_bar}{bar:10}{r_bar}"  # ten cells
     bar = tqdm(loader, bar_format=bar_format, dynamic_ncols=True, leave=False, disable=None)
     for batch, (images, labels) in enumerate(bar):
-        # Only full batches go through the compiled code; model.forward is never compiled.
+        # A smaller last batch would be compiled anew; model.forward is never compiled.
         forward = model if len(images) == args.batch_size else model.forward
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             output = forward(images)
@@ -96,7 +96,7 @@ def train(model, loader, optimizer, args, scheduler=None):
         losses.append(loss.detach() * len(images))
         correct += (output.argmax(dim=1) == labels).sum()
         seen += len(images)
-        if batch % 20 == 0 or batch == len(loader) - 1:  # not always: it waits for the device
+        if batch % 20 == 0 or batch == len(loader) - 1:  # not always: .item() waits for the device
             accuracy = 100 * correct.item() / seen
             figures = f"Loss={loss.item()} Batch_id={batch} Accuracy={accuracy:.2f}"
             bar.set_description(figures, refresh=False)
@@ -196,7 +196,7 @@ def get_loaders(args, train_transform, test_transform):
 
 
 def read_split(raw, split):
-    """Return images (uint8 N×1×28×28) and labels (int64 N, 0..9) of "train" or "t10k"."""
+    """Return images (uint8 Nx1x28x28) and labels (int64 N, 0..9) of "train" or "t10k"."""
     path = raw / f"{split}-images-idx3-ubyte"
     with one_line(f"{path}: cannot be read as unpacked images of MNIST's format"):
         images = mnist.read_image_file(path)
