@@ -21,7 +21,7 @@ from experiments import DOCUMENTED, DROP_VALUES  # noqa: E402
 IMAGES = 7680  # 60 batches of 128
 EAGER = ("--fp32", "--no-compile")
 PAIRS = [  # words, script, the first run (flags, changes), the second
-    ("documented recipe against step 4", "step4_aug_lr", (EAGER, DOCUMENTED), ((), ())),
+    ("course's recipe against step 4", "step4_aug_lr", (EAGER, DOCUMENTED), ((), ())),
     ("nn.Dropout against nn.Dropout2d", "step4_aug_lr", ((), (DROP_VALUES,)), ((), ())),
     *((f"`--fp32 --no-compile` against the defaults, {script}", script, (EAGER, ()), ((), ()))
       for script in ("step1_setup", "step2_skeleton", "step3_bn_gap", "step4_aug_lr")),
