@@ -21,7 +21,7 @@ LIMIT = 900  # seconds for the tests of one change; what takes longer hangs
 STEP1, STEP2, STEP3, STEP4 = (path.name for path in sorted(ROOT.glob("step*.py")))
 ALL = "common.py"
 AFFINE = ("    RandomAffine(degrees=8, shear=4, scale=(0.93, 1.07), translate=0.06),"
-          "  # 4 others were no better\n")
+          "  # 4 others: none better\n")
 NORMALIZE = "    v2.Normalize(MEAN, STD),\n"
 
 CHANGES = [  # (file, a text that is in it once, what takes its place)
