@@ -1,224 +1,267 @@
-"""Run the experiments behind the tables of results/README.md; keep their histories in one csv.
+"""Train the runs behind the tables of results/README.md.
 
-    python results/experiments.py [EXPERIMENT ...] [--only VARIANT ...] [--seeds 1 2 3] [--jobs 2]
+    python results/experiments.py [--tables steps ingredients] [--steps 4] [--seeds 1 2] [--jobs 2]
 
-Each run is a step of this project in a process of its own, with something changed in its module:
-all variants with seed 1, then all with seed 2, and so on. Runs that are in experiments.csv already
-are skipped. (Its `search` and `fastpath` were made with recipe D, by code in the git history.)
+An experiment is a step with edits: in a copy of its file, a new text takes the place of an old
+one, as if you had typed it. The copy runs as a script, and its history goes into experiments.csv;
+a step as it is keeps the folder of its run, in results/. What is there already is skipped. But a
+table must be of one kind of machine: elsewhere, a step that is not complete is begun anew.
 """
 
 import argparse
-import importlib
-import io
-import multiprocessing
+import csv
 import os
-import signal
+import re
+import shutil
+import subprocess
 import sys
 import tempfile
-from contextlib import redirect_stderr, redirect_stdout
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from report import EXPERIMENTS, ROOT, SCRIPTS, read_log, read_rows, write_rows
-from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from torchvision import transforms
 
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
-# ------------------------------------------------ changes: functions that alter a step's module
+CSV = HERE / "experiments.csv"
+KIND = (common.CPU.get("cpu_name", "unknown CPU"), str(torch.__version__))  # of this machine
+LOCK = threading.Lock()  # for the csv
+SCRIPTS = {1: "step1_setup", 2: "step2_skeleton", 3: "step3_bn_gap", 4: "step4_aug_lr"}
 
+# ------------------------------------------------------------ edits: (old text, new text)
 
-def constants(**values):
-    """Return a change: other values under names that the module has."""
-    def change(module):
-        assert values.keys() <= vars(module).keys(), f"{module.__name__} lacks one of {[*values]}"
-        vars(module).update(values)
-    return change
-
-
-def edited(name, edit):
-    """Return a change: edit(what the module's function or class of this name returns)."""
-    def change(module):
-        make = vars(module)[name]
-        vars(module)[name] = lambda *args: edit(make(*args))
-    return change
-
-
-def hold_out(loaders):
-    """Train on the first 5/6 of the training images, 50,000, and test on the other 10,000."""
-    images, labels = loaders[0].images, loaders[0].labels
-    size = len(labels) * 5 // 6
-    loaders[0].images, loaders[1].images = images[:size], images[size:]
-    loaders[0].labels, loaders[1].labels = labels[:size], labels[size:]
-    return loaders
-
-
-def leave_plain(module):
-    """Train on images as they are tested, without augmentation."""
-    module.train_transform = module.test_transform
-
-
-def transform_slowly(module):
-    """Let PIL transform the training images one by one, as in the course."""
-    transform = transforms.Compose([
-        transforms.ToPILImage(),
-        transforms.ColorJitter(0.4),
-        transforms.RandomAffine(7, shear=10, translate=(0.1, 0.1), scale=(0.8, 1.2)),
-        transforms.RandomRotation(7),
-        transforms.ToTensor(),
-        transforms.Normalize(module.MEAN, module.STD),
+HE_INITIALIZATION = ("    model = Net().to(args.device)", """\
+    model = Net().to(args.device)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")""")
+NO_BATCH_NORMALIZATION = ("        nn.BatchNorm2d(out_channels),", "")
+NO_GAP = (
+    ("            nn.AvgPool2d(6),", "            nn.Conv2d(20, 10, 6, bias=False),"),
+    ("            nn.Conv2d(20, 10, 1, bias=False),  # 1x1x10", "            # 1x1x10"),
+)
+NO_AUGMENTATION = ("    RandomAffine(degrees=8, shear=4, scale=(0.93, 1.07), translate=0.06),", "")
+SCHEDULER = """\
+    scheduler = OneCycleLR(optimizer, LEARNING_RATE, args.epochs * len(train_loader),
+                           pct_start=WARM_UP, cycle_momentum=False)"""
+NO_SCHEDULE = (SCHEDULER, "    scheduler = None")
+STEP_SCHEDULE = (SCHEDULER, """\
+    scheduler = optim.lr_scheduler.StepLR(optimizer, 8 * len(train_loader), 0.1)""")
+LOW_RATE = ("LEARNING_RATE = 0.1", "LEARNING_RATE = 0.01")
+PLAIN_MOMENTUM = ("""\
+    optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM,
+                          nesterov=True, weight_decay=WEIGHT_DECAY)""", """\
+    optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)""")
+ONE_1X1 = (
+    ("            nn.Conv2d(20, 22, 1, bias=False),", ""),
+    ("            nn.Conv2d(22, 10, 1,", "            nn.Conv2d(20, 10, 1,"),
+)
+AVERAGE = (  # over about the last tenth of the batches so far; tested and saved as the network
+    ("    run = Run(__file__, args, model, optimizer, scheduler)", """\
+    average = optim.swa_utils.AveragedModel(
+        model, avg_fn=lambda old, new, batches: old + (new - old) / (1 + batches / 10),
+        use_buffers=True)
+    optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
+    run = Run(__file__, args, average.module, optimizer, scheduler)"""),
+    ("        test_loss, test_accuracy = test(model, test_loader)",
+     "        test_loss, test_accuracy = test(average, test_loader)"),
+)
+SINGLE_VALUES = ("nn.Dropout2d(DROPOUT)", "nn.Dropout(DROPOUT)")
+COURSE_RECIPE = (
+    LOW_RATE, STEP_SCHEDULE, PLAIN_MOMENTUM, SINGLE_VALUES,
+    ("    train_loader, test_loader = get_loaders(args, train_transform, test_transform)", """\
+    transform = v2.Compose([
+        v2.ToPILImage(), v2.ColorJitter(0.4),
+        v2.RandomAffine(7, shear=10, translate=(0.1, 0.1), scale=(0.8, 1.2)), v2.RandomRotation(7),
+        v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD),
     ])
-    module.train_transform = lambda images: torch.stack([transform(image) for image in images])
+    train_loader, test_loader = get_loaders(
+        args, lambda images: torch.stack(list(map(transform, images))), test_transform)"""),
+)
 
 
-def end_in(kernel_size):
-    """Return an edit: one convolution, 20 to 10, instead of a network's last two layers."""
-    def edit(net):
-        net.layers = net.layers[:-2].append(nn.Conv2d(20, 10, kernel_size, bias=False))
-        return net
-    return edit
+class Experiment(NamedTuple):
+    """One line of a table: a step, what is edited in it, and how it is run."""
 
-
-def initialize(layer):
-    """Draw the weights of a convolution as He et al. (2015) do where a ReLU follows."""
-    if isinstance(layer, nn.Conv2d):
-        nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
-
-
-def schedule(rate, factor=lambda batch: 1):
-    """Return a change: the learning rate is rate * factor(batch)."""
-    return constants(LEARNING_RATE=rate, OneCycleLR=lambda optimizer, *_, **__: LambdaLR(
-        optimizer, factor))
-
-
-def recipe(weight_decay, averaged, nesterov):
-    """Return a change: train step 4 with these settings of SGD; test its average or the network."""
-    def change(module):
-        network = []
-
-        def train(model, loader, optimizer, *others):
-            network[:] = [model]
-            optimizer.param_groups[0].update(weight_decay=weight_decay, nesterov=nesterov)
-            return common.train(model, loader, optimizer, *others)
-
-        constants(train=train, test=lambda average, loader: common.test(
-            average if averaged else network[0], loader))(module)
-    return change
-
-
-class Variant(NamedTuple):
-    """One line of a table: the table, its name there, and which runs with which changes make it."""
-
-    experiment: str
-    name: str
+    table: str  # "steps": the steps as they are; "times": alone on the machine, on all cores
     step: int
+    name: str
     seeds: range
-    changes: tuple = ()
+    edits: tuple = ()
     flags: tuple = ()
-    recipe: str = "D"  # of step 4, by its letter; D is the script's own
 
 
-RECIPES = {"A": recipe(0.0, False, False), "B": recipe(5e-4, False, False),
-           "C": recipe(5e-4, True, False), "D": recipe(5e-4, True, True)}
-THREE, FIVE = range(1, 4), range(1, 6)  # seeds
-HELD_OUT = edited("get_loaders", hold_out)
-DROP_VALUES = edited("block", lambda block: nn.Sequential(*block[:3], nn.Dropout(block[3].p)))
-DOCUMENTED = (RECIPES["A"], transform_slowly, DROP_VALUES,
-              schedule(0.01, lambda batch: 0.1 ** (batch // (8 * 469))))  # after eight epochs
-NO_AVERAGE = recipe(5e-4, False, True)
-INGREDIENTS = [  # step, what is left out or put in its place
-    *((step, "as it is") for step in (2, 3, 4)),
-    (2, "He initialization", edited("Net", lambda net: net.apply(initialize))),
-    (3, "no batch normalization", edited("block", lambda old: nn.Sequential(*old[:2], old[3]))),
-    (3, "no dropout", constants(DROPOUT=0.0)),
-    (3, "6x6 convolution, no GAP, no 1x1", edited("Net", end_in(6))),
-    (4, "no augmentation", leave_plain),
-    (4, "no schedule: 0.01 as in step 3", schedule(0.01)),
-    (4, "no schedule: 0.1, its peak", schedule(0.1)),
-    (4, "no weight decay", recipe(0.0, True, True)),
-    (4, "no Nesterov", RECIPES["C"]),
-    (4, "no average of weights", NO_AVERAGE),
-    (4, "no schedule: 0.1, no average of weights", schedule(0.1), NO_AVERAGE),
-    (4, "dropout 0.1", constants(DROPOUT=0.1)),
-    (4, "one 1x1 20 to 10, no second", edited("Net", end_in(1))),
+THREE, FIVE, TEN = range(1, 4), range(1, 6), range(1, 11)  # seeds
+EXPERIMENTS = [
+    Experiment("steps", 4, "as it is", TEN),
+    Experiment("ingredients", 4, "no augmentation", TEN, (NO_AUGMENTATION,)),
+    Experiment("ingredients", 4, "constant 0.01", FIVE, (LOW_RATE, NO_SCHEDULE)),
+    Experiment("ingredients", 4, "constant 0.1", FIVE, (NO_SCHEDULE,)),
+    Experiment("ingredients", 4, "plain momentum: no Nesterov, no weight decay", FIVE,
+               (PLAIN_MOMENTUM,)),
+    Experiment("ingredients", 4, "dropout 0.1", FIVE, (("DROPOUT = 0.03", "DROPOUT = 0.1"),)),
+    Experiment("ingredients", 4, "one 1x1, 20 to 10", FIVE, ONE_1X1),
+    Experiment("ingredients", 4, "average of the weights", FIVE, AVERAGE),
+    Experiment("plain", 4, "defaults", THREE, (), ("--validate",)),
+    Experiment("plain", 4, "--plain", THREE, (), ("--validate", "--plain")),
+    Experiment("steps", 3, "as it is", FIVE),
+    Experiment("ingredients", 3, "no batch normalization", FIVE, (NO_BATCH_NORMALIZATION,)),
+    Experiment("ingredients", 3, "no dropout", FIVE, (("DROPOUT = 0.1", "DROPOUT = 0.0"),)),
+    Experiment("ingredients", 3, "6x6 convolution in place of GAP and 1x1", FIVE, NO_GAP),
+    Experiment("plain", 3, "defaults", THREE, (), ("--validate",)),
+    Experiment("plain", 3, "--plain", THREE, (), ("--validate", "--plain")),
+    Experiment("steps", 2, "as it is", FIVE),
+    Experiment("ingredients", 2, "He initialization", FIVE, (HE_INITIALIZATION,)),
+    Experiment("steps", 1, "as it is", range(1, 3)),  # hours: only with --steps 1
+    *(Experiment("times", 4, f"{epochs} epochs", THREE, (), (f"--epochs={epochs}",))
+      for epochs in (3, 5, 8, 15)),
+    Experiment("times", 4, "the course's recipe", range(1, 2), COURSE_RECIPE, ("--plain",)),
 ]
-VARIANTS = [
-    *(Variant("candidates", letter, 4, range(1, 13), (HELD_OUT, change), recipe=letter)
-      for letter, change in RECIPES.items()),
-    *(Variant("ingredients", name, step, FIVE, changes) for step, name, *changes in INGREDIENTS),
-    *(Variant("precision", name, step, THREE, (HELD_OUT,), flags) for step in (3, 4)
-      for name, flags in (("as it chooses", ()), ("fp32", ("--fp32",)))),
-    *(Variant("times", f"{epochs} epochs", 4, THREE, (), (f"--epochs={epochs}",))
-      for epochs in (3, 5, 8)),
-    Variant("times", "documented", 4, range(1, 2), DOCUMENTED,
-            ("--fp32", "--no-compile"), "A"),
-]
-NAMES = list(dict.fromkeys(variant.experiment for variant in VARIANTS))
 
 
-def key_of(variant, seed):
-    """Return what identifies this run in its rows: a dict of str by column."""
-    letter = variant.recipe if variant.step == 4 else ""
-    return {"experiment": variant.experiment, "recipe": letter, "variant": variant.name,
-            "step": str(variant.step), "seed": str(seed)}
+def make_copy(step, edits, folder):
+    """Write the edited file of a step into `folder`; return its path."""
+    path = Path(folder, f"{SCRIPTS[step]}.py")
+    text = (ROOT / path.name).read_text(encoding="utf-8")
+    for old, new in edits:
+        if text.count(old) != 1:
+            raise ValueError(f"{path.name} has {text.count(old)} times, not once: {old!r}")
+        text = text.replace(old, new)
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
-def make_run(job):
-    """Train one run in a process that runs nothing else; job: index in VARIANTS, seed, data folder.
-
-    Returns how it ended (str) and its rows for the csv (list of dicts, empty if it failed).
-    """
-    number, seed, data_dir = job
-    variant, output = VARIANTS[number], io.StringIO()
-    key = key_of(variant, seed)
-    module = importlib.import_module(SCRIPTS[key["step"]])
-    for change in variant.changes:
-        change(module)
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(output), redirect_stderr(output):
-        flags = *variant.flags, f"--seed={seed}", f"--data-dir={data_dir}", f"--out={folder}"
-        try:
-            module.main(flags)
-        except (Exception, SystemExit) as error:  # the other runs go on
-            return f"{', '.join(key.values())}: FAILED: {error!r}", []
-        [path] = Path(folder).glob("*.csv")
-        logged = read_log(path.with_suffix(".log").read_text("utf-8"))
-        logged["data"] = "heldout" if HELD_OUT in variant.changes else "full"
-        rows = [key | row | logged for row in read_rows(path)]
-    return f"{', '.join(key.values())}: last epoch {rows[-1]['test_accuracy']}", rows
+def read_rows(path):
+    """Return the rows of a csv as dicts of str; none if there is no such file."""
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def main():
-    """Read the command line, make the runs and add each to the csv."""
+def write_rows(path, rows):
+    """Write a csv under a temporary name, then rename it."""
+    with open(f"{path}.tmp", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0] if rows else ["table"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(f"{path}.tmp", path)
+
+
+def read_log(text):
+    """Return what the printed lines of a run tell of its machine and settings."""
+    device = re.search(r"^Device: \w+[ ,(]+(.+?)\)?, (\d+) threads?, torch (\S+)", text, re.M)
+    settings = re.search(r"^Settings: .*(fp32|bf16), (not )?compiled", text, re.M)
+    return {"machine": device[1], "torch": device[3], "threads": device[2],
+            "precision": settings[1], "compiled": "no" if settings[2] else "yes"}
+
+
+def read_runs():
+    """Return the rows of all runs kept here, as lists by (table, step, variant, seed)."""
+    runs = {}
+    for row in read_rows(CSV):
+        runs.setdefault((row["table"], row["step"], row["variant"], row["seed"]), []).append(row)
+    for step, script in SCRIPTS.items():
+        for log in HERE.glob(f"{script}-seed*/log.txt"):
+            found = read_log(log.read_text(encoding="utf-8"))
+            rows = [row | found for row in read_rows(log.with_name("history.csv"))]
+            runs["steps", str(step), "as it is", log.parent.name.partition("-seed")[2]] = rows
+    return runs
+
+
+def find_missing(experiments):
+    """Return the runs to make, (experiment, seed), seed by seed; drop those of other machines."""
+    jobs = {(job.table, str(job.step), job.name, str(seed)): (job, seed)
+            for seed in TEN for job in experiments if seed in job.seeds}
+    kept = read_runs()
+    kinds = {key: (kept[key][-1]["machine"], kept[key][-1]["torch"]) for key in jobs if key in kept}
+    if len(kinds) == len(jobs) and len(set(kinds.values())) == 1:
+        return []
+    others = [key for key, kind in kinds.items() if kind != KIND]
+    if others:
+        print(f"{len(others)} runs of another kind of machine are made anew", flush=True)
+        write_rows(CSV, [row for key, rows in kept.items() for row in rows
+                         if key not in others and key[0] != "steps"])
+    return [job for key, job in jobs.items() if kinds.get(key) != KIND]
+
+
+def train(experiment, seed, data_dir):
+    """Train one run and keep its rows or its folder."""
+    table, step, name, _, edits, flags = experiment
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
+    if table != "times":
+        environment["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, make_copy(step, edits, folder).name, f"--seed={seed}",
+                   f"--data-dir={data_dir}", "--out=runs", "--device=cpu", *flags]
+        process = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, encoding="utf-8")
+        if process.returncode:
+            raise OSError(process.stderr.strip()[-500:])
+        [run] = Path(folder, "runs").iterdir()
+        if table == "steps":
+            (run / "checkpoint.pt").unlink()
+            (run / "log.txt").write_text(process.stdout, encoding="utf-8")
+            whole = HERE / f".tmp-{run.name}"  # a kill leaves no half folder under the final name
+            for older in (whole, HERE / run.name):
+                shutil.rmtree(older, ignore_errors=True)
+            shutil.copytree(run, whole)
+            whole.rename(HERE / run.name)
+            return
+        first = {"table": table, "step": step, "variant": name, "seed": seed}
+        found = read_log(process.stdout)
+        rows = [first | row | found for row in read_rows(run / "history.csv")]
+        with LOCK:
+            write_rows(CSV, read_rows(CSV) + rows)
+
+
+def try_to_train(job):
+    """Train one run; tell how it ended, and return 1 if it failed: the others go on."""
+    words = f"{job[0].table}, step {job[0].step}, {job[0].name}, seed {job[1]}"
+    try:
+        train(*job)
+    except (OSError, ValueError) as error:
+        print(f"FAILED: {words}: {error}", flush=True)
+        return 1
+    print(f"done: {words}", flush=True)
+    return 0
+
+
+def main(argv=None):
+    """Train what is missing of the chosen experiments; return 1 if a run failed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    tables = ["steps", "ingredients", "plain", "times"]
     add = parser.add_argument
-    add("experiments", nargs="*", default="all", choices=[*NAMES, "all"], help="tables")
-    add("--only", nargs="+", metavar="VARIANT", help="names of variants")
-    add("--seeds", nargs="+", type=int, metavar="SEED", help="some of those of the list")
-    add("--jobs", type=int, default=2, help="runs at a time, on one thread each")
+    add("--tables", nargs="+", choices=tables, default=tables, help="of these only")
+    add("--steps", nargs="+", type=int, choices=SCRIPTS, default=[4, 3, 2], help="of these only")
+    add("--seeds", nargs="+", type=int, default=TEN, help="of these only")
+    add("--jobs", type=int, default=2, help="runs at a time, on one thread each (times: one run)")
     add("--data-dir", type=Path, default=ROOT / "data", help="folder that holds MNIST/raw")
-    args = parser.parse_args()
-    done = [{name: row[name] for name in key_of(VARIANTS[0], 1)} for row in read_rows(EXPERIMENTS)]
-    for timed, workers in ((False, args.jobs), (True, 1)):  # timed: one at a time, on all cores
-        jobs = [(number, seed, args.data_dir) for seed in args.seeds or range(1, 13)
-                for number, variant in enumerate(VARIANTS) if seed in variant.seeds
-                and (variant.experiment in args.experiments or "all" in args.experiments)
-                and variant.name in (args.only or [variant.name])
-                and (variant.experiment == "times") == timed and key_of(variant, seed) not in done]
-        print(f"{len(jobs)} runs to make, {workers} at a time", flush=True)
-        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads()) if timed else "1"
-        ignore_ctrl_c = signal.signal, (signal.SIGINT, signal.SIG_IGN)
-        with multiprocessing.get_context("spawn").Pool(workers, *ignore_ctrl_c, 1) as pool:
-            for words, rows in pool.imap_unordered(make_run, jobs):
-                print(words, flush=True)
-                if rows:
-                    write_rows(EXPERIMENTS, read_rows(EXPERIMENTS) + rows)
+    args = parser.parse_args(argv)
+    groups = [(step, False) for step in args.steps]
+    if 4 in args.steps:
+        groups.append((4, True))
+    failed = 0
+    for step, timed in groups:
+        group = [job for job in EXPERIMENTS if job.step == step and (job.table == "times") == timed]
+        if not any(job.table in args.tables for job in group):
+            continue
+        jobs = [(job, seed, args.data_dir.expanduser().resolve())
+                for job, seed in find_missing(group)
+                if job.table in args.tables and seed in args.seeds]
+        print(f"{len(jobs)} runs to make", flush=True)
+        pool = ThreadPoolExecutor(1 if timed else args.jobs)
+        try:
+            failed += sum(pool.map(try_to_train, jobs))
+        finally:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C: those that run are interrupted too
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:  # what is finished is in the csv
-        sys.exit(130)
+    sys.exit(main())

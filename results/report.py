@@ -1,253 +1,278 @@
-"""Write the tables of README.md and results/README.md, or sum up some runs, or test the weights.
+"""Write the tables of README.md and results/README.md anew, sum up some runs, or test the weights.
 
-    python results/report.py                                the tables, each between its markers
-    python results/report.py runs/step4_aug_lr-seed*.csv    mean, spread and last five of these runs
-    python results/report.py --verify                       the committed weights, tested
+    python results/report.py                                the tables
+    python results/report.py runs/step4_aug_lr-seed1 ...    mean and spread of these runs
+    python results/report.py --verify                       the weights that are kept here
 
-A marker names the runs of its table, what tells its lines apart, the measures, and with which
-line the others are compared. Accuracies are in per cent. After ± is the standard deviation, or
-the standard error of a difference, which is taken seed by seed.
+A table stands between <!-- table: NAME --> and <!-- end -->. After ± is the standard deviation of
+the runs, or the standard error of a difference. A mean has one digit more than a single figure.
 """
 
 import argparse
-import csv
 import importlib
 import io
-import os
 import re
 import sys
 from contextlib import redirect_stdout
-from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, stdev
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-EXPERIMENTS, VERIFIED = HERE / "experiments.csv", HERE / "verified.csv"
-SCRIPTS = {"1": "step1_setup", "2": "step2_skeleton", "3": "step3_bn_gap", "4": "step4_aug_lr"}
-LESSONS = {"1": "set-up; a network that overfits", "2": "a new architecture",
-           "3": "batch normalization, dropout, global average pooling",
-           "4": "augmentation, learning-rate schedule"}
-DOCUMENTED = {"1": 99.26, "2": 98.69, "3": 99.16, "4": 99.52}  # best test epoch of one run
-HISTORY = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
-LOGGED = ("machine", "torch", "threads", "precision", "compiled")
+import torch
+from experiments import (
+    EXPERIMENTS, HERE, KIND, ROOT, SCRIPTS, common, read_rows, read_runs, write_rows)
 
-
-def first(values, run):
-    """Return the one of `values`, one an epoch, where `run` first tests at 99.40; None: never."""
-    over = [accuracy >= 99.40 for accuracy in run["test_accuracy"]]
-    return list(values)[over.index(True)] if any(over) else None
-
-
-MEASURES = {  # head of a column: what to take from a run, digits, how runs are joined
-    "runs": (lambda run: 1, 0, sum),
-    "epochs": (lambda run: len(run["test_accuracy"]), 0, max),
-    "test accuracy": (lambda run: run["test_accuracy"][-1], 2, None),  # None: mean ± deviation
-    "last epoch": (lambda run: run["test_accuracy"][-1], 3, None),
-    "best epoch": (lambda run: max(run["test_accuracy"]), 2, max),
-    "its number": (lambda run: run["test_accuracy"].index(max(run["test_accuracy"])), 0, None),
-    "last five": (lambda run: fmean(run["test_accuracy"][-5:]), 3, None),
-    "lowest of them": (lambda run: min(run["test_accuracy"][-5:]), 2, min),
-    "under 99.40": (lambda run: sum(value < 99.40 for value in run["test_accuracy"][-5:]), 0, sum),
-    "test loss": (lambda run: run["test_loss"][-1], 4, None),
-    "training loss": (lambda run: run["train_loss"][-1], 4, None),
-    "first training loss": (lambda run: run["train_loss"][0], 3, None),
-    "training accuracy": (lambda run: run["train_accuracy"][-1], 2, None),
-    "training ahead": (lambda run: run["train_accuracy"][-1] - run["test_accuracy"][-1], 2, None),
-    "seconds": (lambda run: sum(run["seconds"]), 0, fmean),
-    "reached 99.40": (lambda run: max(run["test_accuracy"]) >= 99.40, 0, sum),
-    "in epoch": (lambda run: first(range(99), run), 2, fmean),
-    "after seconds": (lambda run: first(accumulate(run["seconds"]), run), 0, fmean),
+VERIFIED = HERE / "verified.csv"
+STEPS = {  # lesson, parameters, the course's test accuracy: the best epoch of one run
+    1: ("a big network learns the training set by heart", "6,379,786", "99.26"),
+    2: ("a new architecture, 300 times fewer weights", "20,750", "98.69"),
+    3: ("batch normalization, dropout, global average pooling", "9,078", "99.16"),
+    4: ("augmentation, learning-rate schedule", "9,538", "99.52"),
 }
+INGREDIENTS = ["runs", "last epoch", "wrong digits", "more wrong digits", "last five",
+               "lowest of them", "test loss", "first training loss", "logged train − test"]
+TABLES = {  # name: tables of the experiments in it, their steps, columns
+    "steps": (["steps"], [1, 2, 3, 4], [
+        "runs", "last epoch", "wrong digits", "best epoch", "train − test"]),
+    "overfitting": (["steps"], [1, 2, 3, 4], [
+        "runs", "training accuracy", "wrong training digits", "last epoch", "wrong digits",
+        "train − test"]),
+    "ingredients 2": (["steps", "ingredients"], [2], INGREDIENTS),
+    "ingredients 3": (["steps", "ingredients"], [3], INGREDIENTS),
+    "ingredients 4": (["steps", "ingredients"], [4], INGREDIENTS),
+    "plain": (["plain"], [3, 4], ["runs", "last epoch", "wrong digits", "more wrong digits"]),
+    "times": (["times"], [4], ["runs", "last epoch", "wrong digits", "seconds", "reached 99.40"]),
+}
+EACH = ["last epoch", "wrong digits", "best epoch", "its number", "last five", "lowest of them",
+        "under 99.40"]  # columns of the table of single runs
+JOINED = {"runs": sum, "best epoch": max, "lowest of them": min, "under 99.40": sum,
+          "reached 99.40": sum}  # how several runs are joined; all others: mean ± spread
+WHOLE = ["runs", "wrong digits", "its number", "under 99.40", "wrong training digits", "seconds",
+         "reached 99.40"]  # figures without digits behind the point; all others have two
 
 
-def read_rows(path):
-    """Return the rows of a csv, dicts of str; none where there is no file."""
-    if not Path(path).exists():
-        return []
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+def column(run, name):
+    """Return a column of a run, a list of rows, as numbers."""
+    return [float(row[name]) for row in run]
 
 
-def write_rows(path, rows):
-    """Write a csv; an interruption leaves the one that was there."""
-    with open(f"{path}.tmp", "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(f"{path}.tmp", path)
+def summarize(run):
+    """Return the figures of a run by the heads of their columns."""
+    tested = column(run, "test_accuracy")
+    figures = {
+        "runs": 1,
+        "last epoch": tested[-1],
+        "wrong digits": 100 * (100 - tested[-1]),  # of 10,000
+        "best epoch": max(tested),
+        "its number": tested.index(max(tested)),
+        "last five": fmean(tested[-5:]),
+        "lowest of them": min(tested[-5:]),
+        "under 99.40": sum(accuracy < 99.40 for accuracy in tested[-5:]),
+        "test loss": column(run, "test_loss")[-1],
+        "first training loss": column(run, "train_loss")[0],
+        "logged train − test": column(run, "train_accuracy")[-1] - tested[-1],
+        "seconds": sum(column(run, "seconds")),
+        "reached 99.40": max(tested) >= 99.40,
+    }
+    if "plain" in run[-1]:  # accuracy of the last weights on plain training images
+        [plain] = column(run[-1:], "plain")
+        figures |= {"training accuracy": plain, "wrong training digits": 600 * (100 - plain),
+                    "train − test": plain - tested[-1]}
+    return figures
 
 
-def read_log(log):
-    """Return what the text of a log tells of its run, a dict of str by LOGGED."""
-    device = re.search(r"^Device: \w+[:\d]*[ ,(]+(.+?)\)?, (\d+) threads, torch (\S+)", log, re.M)
-    settings = re.search(r"^Settings: .*(fp32|bf16), (not )?compiled", log, re.M)
-    found = device[1], device[3], device[2], settings[1], "no" if settings[2] else "yes"
-    return dict(zip(LOGGED, found, strict=True))
+def to_cells(heads, runs, reference):
+    """Return the cells of a line; `runs` and what they are compared with are runs by seed."""
+    figures = {seed: summarize(run) for seed, run in runs.items()}
+    cells = []
+    for head in heads:
+        digits = 0 if head in WHOLE else 3 if head == "test loss" else 2
+        values = [figures[seed][head] for seed in runs if head in figures[seed]]
+        if head == "more wrong digits":  # seed by seed
+            changes = [figures[seed]["wrong digits"] - summarize(reference[seed])["wrong digits"]
+                       for seed in runs if seed in reference and runs != reference]
+            error = stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else 0
+            cells.append(f"{fmean(changes):+.1f} ± {error:.1f}" if error else "")
+        elif len(values) < len(runs) or not runs:
+            cells.append("not yet run" if head == "runs" else "")
+        elif head in JOINED or len(runs) == 1:
+            cells.append(f"{JOINED.get(head, fmean)(values):.{digits}f}")
+        else:
+            cells.append(f"{fmean(values):.{digits + 1}f} ± {stdev(values):.{digits + 1}f}")
+    return cells
 
 
-def all_rows():
-    """Return the rows of all experiments, of the runs here ("results") and of verified.csv."""
-    rows, verified = read_rows(EXPERIMENTS), read_rows(VERIFIED)
-    for step, script in SCRIPTS.items():
-        weights = [row | {"experiment": "verified", "step": step, "variant": ""}
-                   for row in verified if row["script"] == script]
-        gaps = [float(row["train_accuracy"]) - float(row["test_accuracy"]) for row in weights]
-        gap = f"{fmean(gaps):.2f} ± {stdev(gaps):.2f}" if len(gaps) > 1 else ""
-        words = {"experiment": "results", "step": step, "recipe": "D" if step == "4" else "",
-                 "variant": "as committed", "script": f"[step {step}]({script}.py)",
-                 "lesson": LESSONS[step], "course": f"{DOCUMENTED[step]:.2f}", "train − test": gap}
-        files = HERE.glob(f"{script}-seed*.csv")
-        for path in sorted(files, key=lambda path: (len(path.name), path.name)):
-            seed, log = path.stem.split("-seed")[1], path.with_suffix(".log").read_text("utf-8")
-            if seed.isdigit() and "\nLast Test Accuracy" in log:
-                words |= read_log(log) | {"parameters": re.search("Total params: (.*)", log)[1]}
-                words |= {"seed": seed, "run": f"[seed {seed}]({path.stem}.log)"}
-                rows += [row | words for row in read_rows(path)]
-        rows += weights
-    return rows
+def to_table(lines):
+    """Return a Markdown table of `lines`, lists of cells, the heads first."""
+    rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
 
 
-def rows_of(pattern):
-    """Return the rows whose EXPERIMENT/STEP/VARIANT/SEED begins with a regular expression."""
-    return [row for row in all_rows()
-            if re.match(pattern, "{experiment}/{step}/{variant}/{seed}".format(**row))]
+def runs_of(table, step, name="as it is"):
+    """Return the runs of an experiment by seed; "plain" in a step's are figures of verified.csv."""
+    runs = {key[3]: run for key, run in read_runs().items() if key[:3] == (table, str(step), name)}
+    for row in read_rows(VERIFIED):
+        if table == "steps" and row["script"] == SCRIPTS[step] and row["seed"] in runs:
+            runs[row["seed"]][-1]["plain"] = row["train_accuracy"]
+    return dict(sorted(runs.items(), key=lambda item: int(item[0])))
 
 
-def to_groups(rows, columns):
-    """Return dicts of runs by seed, by the words that their rows have in `columns`.
-
-    A run is a dict: lists of float by HISTORY, one value an epoch, and its last `row`.
-    """
-    groups = {}
-    for row in rows:
-        runs = groups.setdefault(" | ".join(row[name] for name in columns), {})
-        run = runs.setdefault(row["seed"], {name: [] for name in HISTORY})
-        run["row"] = row
-        for name in HISTORY:
-            run[name].append(float(row.get(name, "nan")))
-    return groups
+def tell_machines(runs):
+    """Return how runs were made; `runs`: pairs of a name and the runs that have it, by seed."""
+    machines = {}
+    for name, found in runs:
+        for run in found.values():
+            made = "{machine}, torch {torch}, threads: {threads}, {precision}".format(**run[-1])
+            made += ", compiled" if run[-1]["compiled"] == "yes" else ", not compiled"
+            machines.setdefault(made, {})[name] = True
+    if len(machines) == 1:
+        return f"Made on: {', '.join(machines)}."
+    return "\n".join(f"- {'; '.join(names)}: {made}" for made, names in machines.items())
 
 
-def to_cell(name, runs, reference):
-    """Return a figure of some runs, dicts by seed; below it, how it differs from `reference`."""
-    if name not in MEASURES:
-        return next(iter(runs.values()))["row"][name]
-    measure, digits, join = MEASURES[name]
-    values = [value for value in map(measure, runs.values()) if value is not None]
-    if join or not values:
-        return f"{join(values):.{digits}f}" if values else "never"
-    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    changes = [measure(runs[seed]) - measure(reference[seed]) for seed in runs if seed in reference]
-    error = f" ± {stdev(changes) / len(changes) ** 0.5:.{digits}f}" if len(changes) > 1 else ""
-    difference = f"<br>{fmean(changes):+.{digits}f}{error}" if any(changes) else ""
-    return f"{fmean(values):.{digits}f}{spread}{difference}"
+def make_table(name):
+    """Return a table, how its runs were made, and the edits of its experiments."""
+    if name == "runs":
+        steps = {step: runs_of("steps", step) for step in SCRIPTS}
+        groups = {f"step {step}": {f"[seed {seed}]({SCRIPTS[step]}-seed{seed}/log.txt)": run
+                                   for seed, run in runs.items()} for step, runs in steps.items()}
+        return f"{tell(groups)}\n\n{tell_machines(groups.items())}"
+    tables, steps, heads = TABLES[name]
+    lines = [["step", "run", *heads]]
+    made = []
+    edits = ""
+    references = {}
+    for job in sorted(EXPERIMENTS, key=lambda job: job.step):
+        if job.table not in tables or job.step not in steps:
+            continue
+        runs = runs_of(job.table, job.step, job.name)
+        made.append((f"step {job.step}, {job.name}", runs))
+        start = [str(job.step), job.name]
+        if name == "steps":
+            lines[0] = ["step", "lesson", "parameters", "course", *heads]
+            start = [f"[step {job.step}]({SCRIPTS[job.step]}.py)", *STEPS[job.step]]
+        lines.append([*start, *to_cells(heads, runs, references.setdefault(job.step, runs))])
+        if job.edits:
+            edits += f"\n\nStep {job.step}, {job.name}:\n\n```diff"
+            for old, new in job.edits:
+                edits += "".join([*(f"\n-{line}" for line in old.splitlines()),
+                                  *(f"\n+{line}" for line in new.splitlines())])
+            edits += "\n```"
+    return f"{to_table(lines)}\n\n{tell_machines(made)}{edits}"
 
 
-def to_table(rows, columns, measures, reference=None):
-    """Return a Markdown table, a line for all runs with the same words in `columns`, and a caption.
-
-    If there is a `reference`, each line is compared with the one of its step with that last word.
-    """
-    groups, machines = to_groups(rows, columns), {}
-    lines = [" | ".join([*columns, *measures]), " | ".join("---" for _ in [*columns, *measures])]
-    for words, runs in groups.items():
-        compared = [groups[other] for other in groups if other[0] == words[0]
-                    and other.split(" | ")[-1] == reference]
-        cells = [to_cell(name, runs, compared[0] if compared else {}) for name in measures]
-        lines.append(" | ".join([words, *cells]))
-        for seed, run in runs.items() if words != "all" else ():
-            row, name = run["row"], ", ".join(word for word in words.split(" | ") if word)
-            machine = ", ".join(f"{column} {row[column]}" for column in LOGGED if column in row)
-            machines.setdefault(f"- {machine}: ", {}).setdefault(name, []).append(seed)
-    captions = [machine[2:-2] for machine in machines] if len(machines) == 1 else []
-    for machine, parts in machines.items() if len(machines) > 1 else ():
-        if len(parts) == len(groups) and len({*map(tuple, parts.values())}) == 1:
-            parts = {"all rows": next(iter(parts.values()))}
-        captions.append(machine + "; ".join(
-            f"{name} (seeds {', '.join(seeds)})" for name, seeds in parts.items()))
-    return "\n".join([*(f"| {line} |" for line in lines), "", *captions])
-
-
-def tell(rows):
-    """Return the table of several runs of one step, each by itself and then all together."""
-    together = [row | {"seed": row["run"], "run": "all"} for row in rows]
-    return to_table(rows + together, ["run"], [
-        "epochs", "last epoch", "best epoch", "its number", "last five", "lowest of them",
-        "under 99.40"])
-
-
-def fill(text):
-    """Return a Markdown text with the tables between its markers made anew."""
+def write_tables():
+    """Make every table between its markers anew."""
     def make(found):
-        pattern, columns, *others = found[2].split(" | ")
-        rows, table = rows_of(pattern), "Not yet run."
-        if columns == "run":
-            table = tell(rows)
-        elif rows:
-            table = to_table(rows, columns.split(", "), others[0].split(", "), *others[1:])
-        return f"{found[1]}\n\n{table}\n\n<!-- end -->"
-    return re.sub(r"(<!-- table: (.+?) -->).*?<!-- end -->", make, text, flags=re.DOTALL)
+        if found[1] not in ["runs", *TABLES]:
+            sys.exit(f"{path} wants a table {found[1]!r}; known: runs, {', '.join(TABLES)}")
+        return f"<!-- table: {found[1]} -->\n\n{make_table(found[1])}\n\n<!-- end -->"
+    for path in (ROOT / "README.md", HERE / "README.md"):
+        text = path.read_text(encoding="utf-8")
+        text = re.sub("<!-- table: (.+?) -->.*?<!-- end -->", make, text, flags=re.DOTALL)
+        path.write_text(text, encoding="utf-8")
+
+
+def read_folders(paths):
+    """Return the runs in these folders by name, lists of rows; exit with 1 if one is no run.
+
+    If a run's checkpoint shows that it has not ended, its last row tells the epochs "planned".
+    """
+    held_out = [path for path in paths if "-validation" in path.resolve().name]
+    if held_out and len(held_out) < len(paths):
+        sys.exit(f"{held_out[0]} was tested on held-out images, others were not: give them apart")
+    runs = {}
+    for path in {path.resolve(): path for path in paths}.values():
+        try:
+            run = read_rows(path / "history.csv")
+            summarize(run)
+            if (path / "checkpoint.pt").exists():
+                checkpoint = torch.load(path / "checkpoint.pt", "cpu", weights_only=True)
+                if checkpoint["settings"]["epochs"] > len(run):
+                    run[-1]["planned"] = checkpoint["settings"]["epochs"]
+        except Exception:  # damage has many names
+            sys.exit(f"{path}: expected the folder of a run: history.csv, maybe checkpoint.pt")
+        runs[str(path)] = run
+    return runs
+
+
+def tell(groups):
+    """Return a table of single runs and of those that belong together: dicts of runs by name."""
+    lines = [["run", "epochs", *EACH]]
+    for words, runs in groups.items():
+        for name, run in runs.items():
+            rest = f" of {run[-1]['planned']}, unfinished" if "planned" in run[-1] else ""
+            lines.append([name, f"{len(run)}{rest}", *to_cells(EACH, {name: run}, {})])
+        finished = {name: run for name, run in runs.items() if "planned" not in run[-1]}
+        if len(finished) > 1:
+            epochs = len(next(iter(finished.values())))
+            lines.append([f"**{words}: {len(finished)} runs**", str(epochs),
+                          *to_cells(EACH, finished, {})])
+    return to_table(lines)
+
+
+def sum_up(paths):
+    """Print the table of these runs; those of one script and as many epochs belong together."""
+    groups = {}
+    for name, run in read_folders(paths).items():
+        script = Path(name).resolve().name.partition("-seed")[0]
+        epochs = run[-1].get("planned", len(run))
+        groups.setdefault(f"{script}, {epochs} epochs", {})[name] = run
+    if "-validation" in paths[0].resolve().name:
+        print("Validation: tested on held-out training images, not on the test set.\n")
+    print(tell(groups))
 
 
 def verify():
-    """Test all weights in results/ with the step's own code; return how many are not as recorded.
+    """Test all weights kept here with the step's own code; return how many are not as recorded.
 
-    The count of correct test images must be that of the csv; on another machine, which rounds sums
-    otherwise, two may differ. Weights that verified.csv lacks are tested on training images too.
+    On the kind of machine that made them every image must be classified as before; elsewhere two
+    may differ, because rounding does. New weights are tested on the training images too.
     """
-    sys.path.insert(0, str(ROOT))
-    import torch
-
-    import common
-    known, misses = {(row["script"], row["seed"]): row for row in read_rows(VERIFIED)}, 0
-    for last in {row["run"]: row for row in rows_of("results")}.values():
-        script, seed = name = SCRIPTS[last["step"]], last["seed"]
-        weights, module = HERE / f"{script}-seed{seed}.pt", importlib.import_module(script)
-        if last["step"] == "1" and not weights.exists():
-            continue  # too large to commit: its rows stay
-        with redirect_stdout(io.StringIO()) as output:
+    known = {(row["script"], row["seed"]): row for row in read_rows(VERIFIED)}
+    misses = 0
+    for (table, step, _, seed), run in sorted(read_runs().items()):
+        script = SCRIPTS[int(step)]
+        weights = HERE / f"{script}-seed{seed}" / "weights.pt"
+        if table != "steps" or (step == "1" and not weights.exists()):
+            continue  # the weights of step 1 are too large to be kept
+        module = importlib.import_module(script)
+        net = module.Net()
+        torch.set_num_threads(int(run[-1]["threads"]))
+        with redirect_stdout(io.StringIO()):
             args = common.parse_args(["--device=cpu"], "", 1, 128)
-            common.setup(args)
             loaders = common.get_loaders(args, module.test_transform, module.test_transform)
-            net = module.Net()
-            with common.one_line(f"{weights} cannot be tested"):
-                net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+            common.load_weights(net, weights)
             loss, accuracy = common.test(net, loaders[1])
-            print("Settings: fp32, not compiled")  # as tests always are
-            logged = read_log(output.getvalue())
-            if name not in known or abs(float(known[name]["test_loss"]) - loss) > 1e-5:
-                figures = (*common.test(net, loaders[0]), loss, accuracy)
-                row = {column: f"{x:.6f}" for column, x in zip(HISTORY[:4], figures, strict=True)}
-                known[name] = {"script": script, "seed": seed} | row | logged
+            if f"{loss:.5f}" != f"{float(known.get((script, seed), {}).get('test_loss', 9)):.5f}":
+                figures = [*common.test(net, loaders[0]), loss, accuracy]
+                known[script, seed] = dict(zip(
+                    ["script", "seed", "train_loss", "train_accuracy", "test_loss",
+                     "test_accuracy", "machine", "torch"],
+                    [script, seed, *(f"{figure:.6f}" for figure in figures), *KIND], strict=True))
                 write_rows(VERIFIED, list(known.values()))
-        here = all(logged[column] == last[column] for column in LOGGED[:3])
-        miss = round(100 * abs(accuracy - float(last["test_accuracy"]))) > (0 if here else 2)
-        misses += miss
-        print(f"{'MISS' if miss else 'ok  '} {weights.name}: {accuracy:.2f}, recorded on "
-              f"{'this' if here else 'another'} machine: {last['test_accuracy']}", flush=True)
-    print(f"{misses} of them differ from what was recorded")
+        recorded = column(run, "test_accuracy")[-1]
+        differ = round(abs(accuracy - recorded) * len(loaders[1].images) / 100)
+        missed = differ > (0 if (run[-1]["machine"], run[-1]["torch"]) == KIND else 2)
+        misses += missed
+        print(f"{'MISS' if missed else 'ok  '} {weights.parent.name}: {accuracy:.2f} %, "
+              f"recorded {recorded:.2f} % on {run[-1]['machine']}", flush=True)
+    print(f"{misses} differ from what was recorded")
     return misses
 
 
 def main():
     """Do what the command line asks for; exit with 1 if weights are not as recorded."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE.csv", help="runs of one step")
-    parser.add_argument("--verify", action="store_true", help="test the committed weights")
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of runs to sum up")
+    parser.add_argument("--verify", action="store_true", help="test the weights kept here")
     args = parser.parse_args()
     if args.verify:
-        sys.exit(1 if verify() else 0)
-    if args.files:
-        files = [path.expanduser() for path in args.files if ".previous" not in path.name]
-        bad = [str(p) for p in files if not any("test_loss" in row for row in read_rows(p))]
-        if bad:
-            sys.exit(f"{', '.join(bad)}: expected the csv of a run")
-        print(tell([row | {"run": str(path), "seed": str(path)} for path in files
-                    for row in read_rows(path)]))
-        return
-    for path in (ROOT / "README.md", HERE / "README.md"):
-        path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
+        sys.exit(verify() > 0)
+    elif args.runs:
+        sum_up([path.expanduser() for path in args.runs])
+    else:
+        write_tables()
 
 
 if __name__ == "__main__":
