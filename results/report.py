@@ -18,8 +18,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
-from experiments import (
-    EXPERIMENTS, HERE, KIND, ROOT, SCRIPTS, common, read_rows, read_runs, write_rows)
+from experiments import EXPERIMENTS, HERE, KIND, SCRIPTS, common, read_rows, read_runs, write_rows
 
 VERIFIED = HERE / "verified.csv"
 STEPS = {  # lesson, parameters, the course's test accuracy: the best epoch of one run
@@ -167,7 +166,7 @@ def write_tables():
         if found[1] not in ["runs", *TABLES]:
             sys.exit(f"{path} wants a table {found[1]!r}; known: runs, {', '.join(TABLES)}")
         return f"<!-- table: {found[1]} -->\n\n{make_table(found[1])}\n\n<!-- end -->"
-    for path in (ROOT / "README.md", HERE / "README.md"):
+    for path in (HERE.parent / "README.md", HERE / "README.md"):
         text = path.read_text(encoding="utf-8")
         text = re.sub("<!-- table: (.+?) -->.*?<!-- end -->", make, text, flags=re.DOTALL)
         path.write_text(text, encoding="utf-8")
@@ -250,7 +249,8 @@ def verify():
                     ["script", "seed", "train_loss", "train_accuracy", "test_loss",
                      "test_accuracy", "machine", "torch"],
                     [script, seed, *(f"{figure:.6f}" for figure in figures), *KIND], strict=True))
-                write_rows(VERIFIED, list(known.values()))
+                write_rows(VERIFIED, sorted(
+                    known.values(), key=lambda row: (row["script"], int(row["seed"]))))
         recorded = column(run, "test_accuracy")[-1]
         differ = round(abs(accuracy - recorded) * len(loaders[1].images) / 100)
         missed = differ > (0 if (run[-1]["machine"], run[-1]["torch"]) == KIND else 2)

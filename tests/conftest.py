@@ -1,17 +1,26 @@
-"""Small IDX folders to train on, and the four steps as modules."""
+"""Small data to train on, the four steps as modules, and how tests start them and see the results."""
 
 import importlib
+import os
+import re
 import signal
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {path.name.split("_")[0]: path for path in sorted(ROOT.glob("step*.py"))}
-STEPS = {name: importlib.import_module(path.stem) for name, path in SCRIPTS.items()}
+NAMES = {"step1": "step1_setup", "step2": "step2_skeleton",
+         "step3": "step3_bn_gap", "step4": "step4_aug_lr"}
+SCRIPTS = {step: ROOT / f"{name}.py" for step, name in NAMES.items()}
+STEPS = {step: importlib.import_module(name) for step, name in NAMES.items()}
 torch.set_num_threads(1)  # faster than two on networks and batches this small
+os.environ["OMP_NUM_THREADS"] = "1"  # in processes that tests start
+for variable in ("FORCE_COLOR", "MAKELEVEL", "MAKEFLAGS", "MFLAGS"):  # as if started by hand
+    os.environ.pop(variable, None)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `make test &` ignores it
 
 
@@ -41,3 +50,44 @@ def write_data(folder, train=300, test=100):
 def data_dir(tmp_path_factory):
     """A folder with 300 training and 100 test images; do not change it."""
     return write_data(tmp_path_factory.mktemp("data"))
+
+
+def flags(data_dir, out, *more):
+    """Return the command line of three short plain epochs; of two equal flags the later counts."""
+    args = ("--data-dir", data_dir, "--out", out, "--epochs", 3, "--device", "cpu", "--plain", *more)
+    return [str(arg) for arg in args]
+
+
+def start(script, *args, **options):
+    """Start a script, as a shell does; return its subprocess.Popen, with text pipes by default."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    command = [sys.executable, str(script), *map(str, args)]
+    return subprocess.Popen(command, **pipes | options)
+
+
+def call(*command, **options):
+    """Run a command to its end; return its exit status, output and errors (str)."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, encoding="utf-8", **options)
+    return done.returncode, done.stdout, done.stderr
+
+
+def refuse(step, *args):
+    """Return the one line with which a step, a module, ends with status 1."""
+    with pytest.raises(SystemExit) as end:
+        step.main([str(arg) for arg in args])
+    line = end.value.code  # Python prints a text, and exits with 1
+    assert isinstance(line, str) and line.isprintable(), line
+    return line
+
+
+def read_all(folder):
+    """Return the bytes of all files in a folder, by their paths in it."""
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}
+
+
+def history(run):
+    """Return the csv, without its times, and the weights of a run's folder."""
+    csv = re.sub(r",[^,\n]*$", "", (run / "history.csv").read_text(), flags=re.MULTILINE)
+    weights = torch.load(run / "weights.pt", weights_only=True)
+    return csv, {name: tensor.tolist() for name, tensor in weights.items()}
