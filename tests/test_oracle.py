@@ -6,8 +6,9 @@ is noticed. Only the random affine of step 4 comes from common.py; test_augmenta
 
 import copy
 import functools
-import importlib.util
+import pickle
 import re
+import runpy
 from types import SimpleNamespace
 
 import pytest
@@ -18,146 +19,106 @@ from torch.nn import functional as F
 
 import common
 
-SEED, EPOCHS, BATCH = 5, 2, 4
-TRAIN, TEST, BATCHES = 30, 14, 8  # images, training batches; both splits end with a short batch
-OPTIMIZERS = {
-    "step1": {"lr": 0.01, "momentum": 0.9},
-    "step2": {"lr": 0.01, "momentum": 0.9},
-    "step3": {"lr": 0.01, "momentum": 0.9},
-    "step4": {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True},
-}
-DROPOUT = {"step3": 0.1, "step4": 0.03}
+TRAIN, TEST = 30, 14  # images; the last batch of 4 or 7 is a short one
+DOCUMENTED = {"LEARNING_RATE": 0.01, "MOMENTUM": 0.9, "DROPOUT": 0.1, "EPOCHS": 2, "BATCH_SIZE": 4}
+IN_STEP4 = {"LEARNING_RATE": 0.1, "WARM_UP": 0.15, "WEIGHT_DECAY": 5e-4, "DROPOUT": 0.03}
+EDITED = {"LEARNING_RATE": 0.02, "MOMENTUM": 0.6, "DROPOUT": 0.4, "EPOCHS": 1, "BATCH_SIZE": 7,
+          "WARM_UP": 0.6, "WEIGHT_DECAY": 0.2}
+AMD = {"cpu_name": "AMD EPYC", "avx512_bf16": True}  # faster in bf16
+INTEL = {"cpu_name": "Intel(R) Xeon(R)", "avx512_bf16": True}  # faster in bf16 with AMX only
 
 
-def make_network(step):
+def make_network(step, dropout):
     """Return the network of a step; its weights are drawn in the order of its layers."""
-    def relu(inputs, outputs, size=3, **options):
-        return [nn.Conv2d(inputs, outputs, size, **options), nn.ReLU()]
+    conv = functools.partial(nn.Conv2d, bias=step == "step1")
+
+    def relu(inputs, outputs, side=3, **options):
+        return conv(inputs, outputs, side, **options), nn.ReLU()
 
     def block(inputs, outputs):
-        return [*relu(inputs, outputs, bias=False), nn.BatchNorm2d(outputs),
-                nn.Dropout2d(DROPOUT[step])]
+        return *relu(inputs, outputs), nn.BatchNorm2d(outputs), nn.Dropout2d(dropout)
 
-    plain = functools.partial(nn.Conv2d, bias=False)
     if step == "step1":
         layers = [*relu(1, 32, padding=1), *relu(32, 64, padding=1), nn.MaxPool2d(2),
                   *relu(64, 128, padding=1), *relu(128, 256, padding=1), nn.MaxPool2d(2),
-                  *relu(256, 512), *relu(512, 1024), nn.Conv2d(1024, 10, 3)]
+                  *relu(256, 512), *relu(512, 1024), conv(1024, 10, 3)]
     elif step == "step2":
-        relu = functools.partial(relu, bias=False)
         layers = [*relu(1, 10), *relu(10, 20), *relu(20, 32), nn.MaxPool2d(2), *relu(32, 10, 1),
-                  *relu(10, 20), *relu(20, 32), *relu(32, 10, 1), plain(10, 10, 7)]
+                  *relu(10, 20), *relu(20, 32), *relu(32, 10, 1), conv(10, 10, 7)]
     else:
-        layers = [*block(1, 10), *block(10, 20), plain(20, 10, 1), nn.MaxPool2d(2),
-                  *block(10, 16), *block(16, 16), *block(16, 20), nn.AvgPool2d(6)]
-        layers += [plain(20, 10, 1)] if step == "step3" else [plain(20, 22, 1), plain(22, 10, 1)]
+        layers = [*block(1, 10), *block(10, 20), conv(20, 10, 1), nn.MaxPool2d(2), *block(10, 16),
+                  *block(16, 16), *block(16, 20), nn.AvgPool2d(6), conv(20, 10, 1)]
+    if step == "step4":
+        layers[-1:] = conv(20, 22, 1), conv(22, 10, 1)
     return nn.Sequential(*layers, nn.Flatten())
 
 
-def read(folder, prefix):
-    """Return a split that conftest wrote: images uint8 N×1×28×28, labels int64 N."""
-    images, labels = ((folder / "MNIST" / "raw" / f"{prefix}-{name}").read_bytes()
-                      for name in ("images-idx3-ubyte", "labels-idx1-ubyte"))
-    images = torch.frombuffer(bytearray(images[16:]), dtype=torch.uint8).view(-1, 1, 28, 28)
-    return images, torch.tensor(list(labels[8:]))
-
-
-def transform(images, augment=None):
-    """Return uint8 images as the network takes them: 0 to 1, augmented, normalized."""
-    images = images.float() * (1 / 255)
-    images = augment(images) if augment else images
-    return (images - 0.1307) / 0.3081
-
-
-def count_correct(output, labels):
-    """Return how many rows of the output are highest at their label."""
-    return (output.argmax(dim=1) == labels).sum().item()
-
-
-@functools.cache
-def expect(step, folder, bf16=False):
-    """Train a step as documented; return what its run must leave.
-
-    That is the weights and, in flat lists, the figures of csv, final bars and test lines.
-    """
-    torch.manual_seed(SEED)
-    network = make_network(step)
+def expect(step, folder, bf16=False, edited=False):
+    """Train a step as documented, or EDITED; return its network and the figures of csv and log."""
+    its = DOCUMENTED | (IN_STEP4 if step == "step4" else {}) | (EDITED if edited else {})
+    rate, size = its["LEARNING_RATE"], its["BATCH_SIZE"]
+    batches = -(-TRAIN // size)
+    images, labels = common.read_split(folder / "MNIST" / "raw", "train")
+    test_images, test_labels = common.read_split(folder / "MNIST" / "raw", "t10k")
+    torch.manual_seed(5)
+    network = make_network(step, its["DROPOUT"])
     if bf16:
         network.to(memory_format=torch.channels_last)
-    images, labels = read(folder, "train")
-    optimizer = torch.optim.SGD(network.parameters(), **OPTIMIZERS[step])
-    augment, schedule, kept, batch = None, None, network, 0
+    optimizer = torch.optim.SGD(network.parameters(), rate, its["MOMENTUM"])
+    augment, schedule, figures = nn.Identity(), None, []
     if step == "step4":
         augment = common.RandomAffine(degrees=8, shear=4, scale=(0.93, 1.07), translate=0.06)
+        optimizer.param_groups[0].update(nesterov=True, weight_decay=its["WEIGHT_DECAY"])
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, 0.1, total_steps=EPOCHS * BATCHES, pct_start=0.15, cycle_momentum=False)
-        kept = copy.deepcopy(network)
-    told = SimpleNamespace(csv=[], bars=[], test_lines=[], weights=kept.state_dict().values())
-    for epoch in range(EPOCHS):
+            optimizer, rate, its["EPOCHS"] * batches, pct_start=its["WARM_UP"],
+            cycle_momentum=False)
+    for epoch in range(its["EPOCHS"]):
         network.train()
         total_loss = correct = 0
-        for chosen in torch.randperm(TRAIN).split(BATCH):
+        for chosen in torch.randperm(TRAIN).split(size):
             network.zero_grad()
-            inputs = transform(images[chosen], augment)
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                logits = network(inputs)
-            output = F.log_softmax(logits.float(), dim=1)
-            loss = F.nll_loss(output, labels[chosen])
+            inputs = (augment(images[chosen] * (1 / 255)) - 0.1307) / 0.3081
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and len(chosen) == size):
+                output = network(inputs)
+            loss = F.nll_loss(F.log_softmax(output.float(), dim=1), labels[chosen])
             loss.backward()
             optimizer.step()
-            if step == "step4":
+            if schedule:
                 schedule.step()
-                follow(kept, network, reach=1 + batch / 10)
-            batch += 1
             total_loss += loss.item() * len(chosen)
-            correct += count_correct(output, labels[chosen])
-        test_loss, test_correct = evaluate(kept, folder)
-        accuracy, test_accuracy = (round(100 * part, 2) for part in
-                                   (correct / TRAIN, test_correct / TEST))
-        rate = float(f"{optimizer.param_groups[0]['lr']:.6g}")
-        told.csv += [epoch, total_loss / TRAIN, accuracy, test_loss, test_accuracy, rate]
-        told.bars += [loss.item(), BATCHES - 1, accuracy, BATCHES, BATCHES]
-        told.test_lines += [round(test_loss, 4), test_correct, TEST, test_accuracy]
-    return told
+            correct += (output.argmax(dim=1) == labels[chosen]).sum().item()
+        output = network.eval()((test_images * (1 / 255) - 0.1307) / 0.3081)
+        test_loss = F.nll_loss(F.log_softmax(output, dim=1), test_labels).item()
+        test_correct = (output.argmax(dim=1) == test_labels).sum().item()
+        accuracy = round(100 * correct / TRAIN, 2)
+        test_accuracy = round(100 * test_correct / TEST, 2)
+        now = float(f"{optimizer.param_groups[0]['lr']:.6g}")
+        figures += [epoch, total_loss / TRAIN, accuracy, test_loss, test_accuracy, now,  # csv
+                    loss.item(), batches - 1, accuracy, batches, batches,  # final bar
+                    round(test_loss, 4), test_correct, TEST, test_accuracy]  # test line
+    return network, figures
 
 
-def follow(average, network, reach):
-    """Move the average of the weights towards those of the network; the first are its start."""
-    pairs = zip(average.state_dict().values(), network.state_dict().values(), strict=True)
-    for mean, now in pairs:
-        mean.copy_(mean + (now - mean) / reach if reach > 1 else now)
-
-
-@torch.no_grad()
-def evaluate(network, folder):
-    """Return the loss on the test set and how many of its images are classified correctly."""
-    images, labels = read(folder, "t10k")
-    network.eval()
-    output = F.log_softmax(network(transform(images)), dim=1)
-    return F.nll_loss(output, labels).item(), count_correct(output, labels)
-
-
-def check_run(step, folder, out, told, *flags):
-    """Run a step and compare its csv, log and weights with what is told; return the log."""
-    STEPS[step].main(["--epochs", str(EPOCHS), "--batch-size", str(BATCH), "--seed", str(SEED),
-                      "--data-dir", str(folder), "--out", str(out), *flags])
-    csv, log, weights = (next(out.glob(f"{step}_*-seed{SEED}.{kind}"))
-                         for kind in ("csv", "log", "pt"))
-    header, *rows = (row.split(",") for row in csv.read_text().splitlines())
-    assert header == ["epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy",
-                      "learning_rate", "seconds"]
-    assert all(float(row.pop()) > 0 for row in rows)
-    log = log.read_text(encoding="utf-8")
-    bar = r"Loss=(\S+) Batch_id=(\d+) Accuracy=(\S+): 100%\|█{10}\| (\d+)/(\d+) \["
-    test_line = r"Test set: Average loss: (\S+), Accuracy: (\d+)/(\d+) \((\S+)%\)"
-    for printed, wanted in ((rows, told.csv), (re.findall(bar, log), told.bars),
-                            (re.findall(test_line, log), told.test_lines)):
-        figures = [float(figure) for row in printed for figure in row]
-        # Half of the sixth digit, the last, and as much for sums that round in another order.
-        assert figures == pytest.approx(wanted, rel=0, abs=1e-6)
-    torch.testing.assert_close(list(torch.load(weights).values()), list(told.weights),
-                               atol=1e-5, rtol=0)
-    return log
+def check_run(step, folder, out, capsys, expected, *more):
+    """Run a step and compare what it leaves with what is expected; return its network and log."""
+    model = STEPS[step].main(
+        [f"--data-dir={folder}", f"--out={out}", "--device=cpu", "--seed=5", *more])
+    log = capsys.readouterr().out
+    path = out / f"{STEPS[step].__name__}-seed5"
+    header, *rows = (path / "history.csv").read_text().splitlines()
+    assert header == "epoch,train_loss,train_accuracy,test_loss,test_accuracy,learning_rate,seconds"
+    bars = re.findall(r"Loss=(\S+) Batch_id=(\d+) Accuracy=(\S+): 100%\|█{10}\| (\d+)/(\d+) ", log)
+    lines = re.findall(r"Test set: Average loss: (.+), Accuracy: (\d+)/(\d+) \((.+)%\)", log)
+    figures = [float(figure) for row, bar, line in zip(rows, bars, lines, strict=True)
+               for figure in (*row.split(",")[:-1], *bar, *line)]
+    # Half of the sixth digit, the last, and as much for sums that round in another order.
+    assert figures == pytest.approx(expected[1], rel=0, abs=1e-6)
+    weights = torch.load(path / "weights.pt", weights_only=True).values()
+    wanted = expected[0].state_dict().values()
+    torch.testing.assert_close(list(weights), list(wanted), atol=1e-5, rtol=0)
+    images = torch.rand(3, 1, 28, 28)
+    torch.testing.assert_close(model(images), expected[0](images), atol=1e-3, rtol=0)  # logits
+    return model, log
 
 
 @pytest.fixture(scope="module")
@@ -167,74 +128,86 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def compiled(monkeypatch):
-    """The sizes of the batches that go through compiled code, in a list that grows.
+def compiler(monkeypatch):
+    """What torch.compile is asked for: the number of `calls`, the `sizes` of the batches it ran.
 
-    The compiler is replaced by one that runs the captured operations as they are. So no C++
-    compiler is needed, and random numbers are drawn as without compilation.
+    In the place of generated code it runs the captured operations, so that it needs no C++
+    compiler and draws the same random numbers; or it `fails`.
     """
-    sizes, compile_with = [], torch.compile
+    told, compile_with = SimpleNamespace(calls=0, sizes=[], fails=""), torch.compile
 
     def backend(graph, _):
-        def call(*inputs):
-            sizes.extend(len(images) for images in inputs if
-                         getattr(images, "shape", ())[1:] == (1, 28, 28))
+        def compute(*inputs):
+            told.sizes += [len(it) for it in inputs if getattr(it, "shape", ())[1:] == (1, 28, 28)]
             return graph(*inputs)
-        return call
+        assert told.fails != "backend"
+        return compute
 
-    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile_with(
-        *args, **options | {"backend": backend}))
-    torch.compiler.reset()
-    yield sizes
-    torch.compiler.reset()
+    def compile_so(*args, **options):
+        told.calls += 1
+        assert told.fails != "torch.compile"
+        return compile_with(*args, **options | {"backend": backend})
 
-
-@pytest.mark.parametrize("step", STEPS)
-def test_plain_run(step, folder, tmp_path, monkeypatch, compiled):
-    """In fp32 and not compiled, as the flags say, though bf16 is said to be faster."""
-    monkeypatch.setattr(common, "is_bf16_faster", lambda device: True)
-    log = check_run(step, folder, tmp_path, expect(step, folder), "--fp32", "--no-compile")
-    assert ", fp32, not compiled" in log
-    assert not compiled
+    monkeypatch.setattr(torch, "compile", compile_so)
+    torch._dynamo.reset()  # or it gives up, in silence, after some networks
+    return told
 
 
-@pytest.mark.parametrize(("step", "bf16"), [*((step, True) for step in STEPS), ("step3", False)])
-def test_fast_run(step, bf16, folder, tmp_path, monkeypatch, compiled):
-    """In bf16 where that is faster, but tested in fp32.
+@pytest.mark.parametrize(("step", "how"), [
+    *((step, how) for step in STEPS for how in ("plain", "bf16")), ("step3", "fp32"),
+    ("step4", "torch.compile fails"), ("step4", "backend fails")])
+def test_run(step, how, folder, tmp_path, capsys, monkeypatch, compiler):
+    """Full batches are computed in bf16, where that is faster, and compiled; not in step 1.
 
-    Full batches are compiled, the short last one and the large network are not.
+    With --plain, and where compiling fails, they are not. The network returned is an ordinary one.
     """
-    monkeypatch.setattr(common, "is_bf16_faster", lambda device: bf16)
-    told, plain = expect(step, folder, bf16), expect(step, folder)
-    log = check_run(step, folder, tmp_path, told)
-    assert (", bf16, " if bf16 else ", fp32, ") in log
-    changes = [(a - b).abs().max() for a, b in zip(told.weights, plain.weights, strict=True)]
-    assert max(changes) > 2e-5 or not bf16, "a run in fp32 would pass as one in bf16"
-    if step == "step1":
-        assert not compiled and ", not compiled" in log
+    monkeypatch.setattr(common, "CPU", {} if how == "fp32" else AMD)
+    compiler.fails = how.partition(" fails")[0]
+    expected = expect(step, folder, bf16=how == "bf16")
+    more = ["--epochs=2", "--batch-size=4", *(["--plain"] if how == "plain" else [])]
+    model, log = check_run(step, folder, tmp_path, capsys, expected, *more)
+    if how in ("bf16", "fp32") and step != "step1":
+        assert f", {how}, compiled\n" in log and set(compiler.sizes) == {4}
+        assert len(compiler.sizes) >= 2 * (TRAIN // 4), "only a trial was compiled"
     else:
-        assert set(compiled) == {BATCH} and ", compiled" in log
-        assert len(compiled) >= EPOCHS * (TRAIN // BATCH), "only a trial was compiled"
-
-
-@pytest.mark.parametrize(("facts", "faster"), [
-    ({"cpu_name": "AMD EPYC", "avx2": True}, False),
-    ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, True),
-    ({"cpu_name": "Intel(R) Xeon(R)", "avx512_bf16": True}, False),
-    ({"cpu_name": "Intel(R) Xeon(R)", "avx512_bf16": True, "amx_bf16": True}, True),
-])
-def test_cpus_that_are_faster_in_bf16(facts, faster, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: facts, raising=False)
-    spec = importlib.util.spec_from_file_location("common_on_another_cpu", ROOT / "common.py")
-    fresh = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fresh)
-    assert fresh.is_bf16_faster(torch.device("cpu")) is faster
+        assert f", {'bf16' if how == 'bf16' else 'fp32'}, not compiled" in log
+        assert bool(compiler.calls) == (", not compiled (" in log) == ("fails" in how)
+    images = torch.rand(4, 1, 28, 28)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for weights in other.parameters():
+            weights.data.zero_()
+        assert not other(images).any() and model(images).any() and type(other) is STEPS[step].Net
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_defaults(step, capsys):
-    with pytest.raises(SystemExit):
-        STEPS[step].main(["--help"])
-    text = capsys.readouterr().out
-    for flag, value in (("epochs", 15), ("batch-size", 128), ("seed", 1)):
-        assert re.search(rf"--{flag} [A-Z_]+\s[^()]+\(default:\s+{value}\)", text), flag
+def test_each_setting_is_written_once(step, folder, tmp_path, capsys, monkeypatch):
+    assert (STEPS[step].EPOCHS, STEPS[step].BATCH_SIZE) == (15, 128)
+    for name, value in EDITED.items():
+        monkeypatch.setattr(STEPS[step], name, value, raising=False)
+    check_run(step, folder, tmp_path, capsys, expect(step, folder, edited=True), "--plain")
+
+
+@pytest.mark.parametrize(("cpu", "more", "how"), [
+    (None, [], "fp32, compiled"),  # torch is too old to tell
+    ({"cpu_name": "AMD EPYC", "avx2": True}, [], "fp32, compiled"),
+    (AMD, [], "bf16, compiled"),
+    (INTEL, [], "fp32, compiled"),
+    (INTEL | {"amx_bf16": True}, [], "bf16, compiled"),
+    (AMD, ["--smoke"], "fp32, not compiled"),
+    (AMD, [f"--batch-size={TRAIN + 1}"], "fp32, not compiled"),  # no batch is full
+])
+def test_what_pays(cpu, more, how, folder, capsys, monkeypatch, compiler):
+    """It is told, and trying it leaves no gradients."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
+    if cpu is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.setattr(common, "CPU", runpy.run_path(str(ROOT / "common.py"))["CPU"])
+    args = common.parse_args(["--device=cpu", *more], "", epochs=1, batch_size=4)
+    images, labels = common.read_split(folder / "MNIST" / "raw", "train")
+    loader = common.Loader("Training", images, labels, torch.Tensor.float, args.batch_size)
+    model = STEPS["step3"].Net()
+    common.speed_up(model, args, loader)
+    printed = capsys.readouterr().out
+    assert f"Device: cpu, {cpu['cpu_name'] if cpu else 'unknown CPU'}, " in printed
+    assert f", {how}\n" in printed and bool(compiler.calls) == ("not" not in how)
+    assert all(weights.grad is None for weights in model.parameters())

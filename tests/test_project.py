@@ -1,86 +1,190 @@
-"""What README.md, Makefile and results promise."""
+"""What README.md, the Makefile and results/ promise, tried in copies of the project's own files."""
 
+import os
 import re
+import runpy
+import shlex
 import shutil
-import subprocess
 import sys
 
+import experiments
 import pytest
-from conftest import ROOT, SCRIPTS, STEPS
-from helpers import read_all
+import report
+from conftest import NAMES, ROOT, SCRIPTS, STEPS, call, flags, read_all, refuse, write_data
+from PIL import Image, ImageDraw
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def call(folder, *command):
-    """Run a command in a folder; return its exit status, output and errors."""
-    done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8")
-    return done.returncode, done.stdout, done.stderr
+PAGES = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "results/README.md")}
+# It answers questions about itself; of other calls it prints the arguments, and PIP_USER if not 1.
+PYTHON = f"""#!/bin/sh
+case "$1 $2" in "-c import common"*) ;; -c*) exec {shlex.quote(sys.executable)} "$@" ;; esac
+call=$(printf '[%s]' "$@")
+case "$call" in *"$FAIL"*) exit 1 ;; esac
+echo "$call${{PIP_USER#1}}"
+"""
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A copy of the project in which .venv/bin/python only prints how a step would be run."""
-    if not shutil.which("make"):
-        pytest.skip("make is not installed")
-    for name in ("MAKELEVEL", "MAKEFLAGS", "MFLAGS"):  # as if no make had started the tests
-        monkeypatch.delenv(name, raising=False)
-    copy = tmp_path / "the project"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "data", "runs", "*cache*"))
+def project(tmp_path):
+    """A copy of the project, with this .venv, in a folder with an awkward name."""
+    copy = tmp_path / "the user's project"
+    shutil.copytree(ROOT / "results", copy / "results", ignore=shutil.ignore_patterns("[._]*"))
+    for name in ("common.py", "Makefile", "README.md", "requirements.txt", *SCRIPTS.values()):
+        shutil.copy(ROOT / name, copy)
     python = copy / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\ncase $1 in step*) echo "$@" ;; '
-                      f"""*) exec '{sys.executable}' "$@" ;; esac\n""")
+    python.write_text(PYTHON)
     python.chmod(0o755)
+    shutil.copy(copy / "requirements.txt", copy / ".venv")  # as after an install
     return copy
 
 
-def test_flags_links_and_snippet_of_the_readme(tmp_path, monkeypatch):
-    _, shown, _ = call(tmp_path, sys.executable, SCRIPTS["step4"], "--help")
-    flags, told = (set(re.findall(r"--\w[\w-]+", text)) for text in (shown, README))
-    assert told | {"--help"} == flags
-    for file in (ROOT / "README.md", ROOT / "results" / "README.md"):
-        for link in re.findall(r"\]\(([^):#]+)\)", file.read_text(encoding="utf-8")):
-            assert (file.parent / link).exists(), link
-    monkeypatch.chdir(ROOT)
-    exec(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], {})
+def make(project, *args, **environment):
+    """Run make in a copy of the project; return its exit status, printed lines and errors."""
+    if not shutil.which("make"):
+        pytest.skip("make is not installed")
+    own = {"FAIL": "no call", "PIP_USER": "1", "GIT_CONFIG_GLOBAL": os.devnull}
+    status, shown, errors = call("make", *args, cwd=project, env=os.environ | own | environment)
+    return status, shown.splitlines(), errors
 
 
-def test_make(project):
-    before, targets = read_all(project), set(re.findall(r"(?:^|`)make (\w+)", README, re.MULTILINE))
-    _, shown, _ = call(project, "make")
-    for target in {"step4", "test"} | targets:
-        assert f" {target} " in shown and call(project, "make", "-n", target)[0] == 0, target
+def test_flags_targets_links_and_tables_of_the_pages(project):
+    _, shown, _ = call(sys.executable, SCRIPTS["step4"], "--help")
+    known, told = (set(re.findall(r"--\w[\w-]+", text)) for text in (shown, PAGES["README.md"]))
+    assert told | {"--help"} == known
+    targets = re.findall(r"(?m)^(\w+):.*##", (ROOT / "Makefile").read_text("utf-8"))
+    for name, text in PAGES.items():
+        code = "\n".join(re.findall("(?s)```.*?```|`[^`]+`", text))
+        for target in re.findall(r"\bmake (\w+)", re.sub("#.*", "", code)):
+            assert target in targets or re.match(r"step\d_", target), target
+        for link in re.findall(r"\]\(([^):#]+)", text):
+            assert "http" in link or (ROOT / name).parent.joinpath(link).exists(), link
+        empty = re.sub("(?s)(<!-- table: .+? -->).*?<!-- end -->", r"\1<!-- end -->", text)
+        (project / name).write_text(empty, "utf-8")
+    assert call(sys.executable, project / "results" / "report.py")[0] == 0
+    assert {name: (project / name).read_text("utf-8") for name in PAGES} == PAGES
+
+
+def test_python_blocks_of_the_readme(project):
+    blocks = re.findall(r"(?s)```python\n(.*?)```", PAGES["README.md"])
+    [name] = re.findall(r"\w+\.png", "".join(blocks))
+    picture = Image.new("RGB", (300, 200), (190, 190, 190))
+    ImageDraw.Draw(picture).line([(115, 40), (105, 160)], fill=(40, 40, 40), width=16)
+    picture.save(project / name)
+    for block in blocks:
+        status, shown, errors = call(sys.executable, "-c", block, cwd=project)
+        assert status == 0 and (name not in block or re.findall(r"\d+", shown)[0] == "1"), errors
+
+
+def test_make_calls_what_it_says_and_fails_with_it(project):
+    shutil.copy(SCRIPTS["step2"], project / "step2_a_copy.py")  # as a learner may do
+    more = "[--epochs][1][--validate]"
+    scripts = {**NAMES, "step2_a_copy": "step2_a_copy", "step2_a_copy.py": "step2_a_copy"}
+    targets = {target: [f"[{name}.py]{more}"] for target, name in scripts.items()}
+    targets["smoke"] = [f"[{name}.py][--smoke]{more}" for name in NAMES.values()]
+    targets["test"] = [f"[-m][pytest]{more}"]
+    targets["verify"] = [*make(project, "data")[1], "[results/report.py][--verify]"]
+    runs = [f"[step2_skeleton.py]{more}[--seed][{seed}][--out][my runs]" for seed in (3, 1)]
+    folders = "".join(f"[my runs/step2_skeleton-seed{seed}-validation]" for seed in (3, 1))
+    targets["seeds"] = [*runs, f"[results/report.py]{folders}"]
+    asked = "ARGS=--epochs 1 --validate", "STEP=2", "SEEDS=3 1", "OUT=my runs"
+    for target, calls in targets.items():
+        status, shown, errors = make(project, target, *asked)
+        assert status == 0 and [line for line in shown if line[0] == "["] == calls, errors
+        for wanted in calls:
+            assert make(project, target, *asked, FAIL=wanted)[0] != 0, wanted
+    for args in (["step9"], ["diff", "B=9"], ["seeds", "STEP=9"]):
+        status, shown, errors = make(project, *args)
+        assert status != 0 and not shown and errors.count("\n") == 1 and "step9" in errors
+
+
+def test_make_diff_shows_the_code_first(project, tmp_path):
+    three, four = (SCRIPTS[step].read_text("utf-8") for step in ("step3", "step4"))
+    docs, code = ({f"+{line}" for line in set(part.splitlines()[1:]) - set(three.splitlines())}
+                  for part in four.split('"""', 2)[1:])
+    for tool in ("make", "sh", "awk", "diff", "mktemp", "rm"):
+        (tmp_path / tool).symlink_to(shutil.which(tool) or "missing")
+    for path in (os.environ["PATH"], str(tmp_path)):  # the second has no git
+        status, shown, errors = make(project, "diff", PATH=path)
+        assert status == 0 and code <= set(shown) and not docs & set(shown), errors
+    assert docs | code <= set(make(project, "diff", "DOCS=1")[1])
+    text = re.sub("(?m)^EPOCHS = .*", "EPOCHS = 3", SCRIPTS["step2"].read_text("utf-8"))
+    (project / "step2_mine.py").write_text(text.replace("Step 2", "My own"), "utf-8")
+    status, shown, errors = make(project, "diff", "A=2", "B=2_mine")
+    assert status == 0 and re.findall(r"(?m)^\+\w.*", "\n".join(shown)) == ["+EPOCHS = 3"], errors
+
+
+def test_make_n_changes_nothing_setup_installs_once_and_clean_keeps_it(project):
+    (project / "requirements.txt").write_text("pytest\n")
+    for name in ("runs", "data", ".pytest_cache"):
+        shutil.copytree(project / "results", project / name)
+    before = read_all(project)
+    for target in re.findall(r"(?m)^  (\w+) ", "\n".join(make(project)[1])):
+        assert make(project, "-n", target)[0] == 0, target
     assert read_all(project) == before
-    assert call(project, "make", "diff", "A=1", "B=2")[0] == 0
-    status, _, message = call(project, "make", "diff", "A=1", "B=9")
-    assert status != 0 and "step9" in message
-    shutil.copy(SCRIPTS["step2"], project / "step2_mine.py")  # as a learner may do
-    shutil.copytree(ROOT / "results", project / "my runs")  # it has seeds 1 to 5
-    status, shown, message = call(project, "make", "seeds", "STEP=2", "SEEDS=1 2", "OUT=my runs",
-                                  "ARGS=--epochs 1 --data-dir data")
-    assert status == 0 and "seed2" in shown and "seed3" not in shown, message
-    for line, seed in zip(shown.splitlines(), (1, 2), strict=False):
-        assert line.startswith("step2_skeleton.py ") and "--epochs 1" in line
-        assert f"--seed {seed}" in line and "--out my runs" in line
+    assert make(project, "setup", FAIL="[pip][install]")[0] != 0
+    install, step = make(project, "step4")[1]
+    assert "[pip][install]" in install and install.endswith("[-r][requirements.txt]0")
+    assert make(project, "clean")[0] == 0
+    assert {name[:13] for name in before.keys() - read_all(project).keys()} == {".pytest_cache"}
+    assert make(project, "setup") == (0, [], "")
+    (project / ".venv" / "bin" / "python").rename(project / "my python")
+    shutil.rmtree(project / ".venv")
+    assert "[-m][venv][.venv]" in make(project, "setup", "PYTHON=./my python")[1]
+    assert "3.10" in make(project, "setup", "PYTHON=false")[2]  # a program that always fails
 
 
-def test_tables_are_those_that_the_report_writes(project):
-    before, report = read_all(project), (sys.executable, "results/report.py")
-    assert call(project, *report)[0] == 0 and read_all(project) == before
-    run = project / "results" / "step2_skeleton-seed1.csv"
-    _, shown, _ = call(project, *report, run, shutil.copy(run, run.with_suffix(".previous.csv")))
-    assert str(run) in shown and "previous" not in shown
+def test_report_and_graphs_on_runs(data_dir, tmp_path, capsys):
+    STEPS["step2"].main(flags(data_dir, tmp_path, "--epochs", 2, "--seed", 9))
+    unfinished = tmp_path / "step2_skeleton-seed9"
+    head, first, _ = (unfinished / "history.csv").read_text().splitlines()
+    (unfinished / "history.csv").write_text(f"{head}\n{first}\n")  # as after the first epoch
+    runs = [tmp_path / last / "step2_skeleton-seed1" for last in ("99.10", "99.20", "99.30")]
+    for run in runs:
+        run.mkdir(parents=True)
+        (run / "history.csv").write_text(f"{head}\n{first}\n1,0.5,90,0.5,{run.parent.name},0.1,1\n")
+    report.main([*map(str, runs), str(unfinished), f"{runs[0]}/../step2_skeleton-seed1"])
+    shown = capsys.readouterr().out
+    assert all(shown.count(f"| {run} ") == 1 for run in (*runs, unfinished))
+    assert len(re.findall(r" 99\.20* ± 0\.10* ", shown)) == 1  # it were 0.08 if divided by n
+    held_out = shutil.copytree(runs[0], tmp_path / "step2_skeleton-seed1-validation")
+    for paths in ([tmp_path / "missing"], [runs[0], data_dir], [runs[0], held_out]):
+        refuse(report, *paths)
+    drawn = call(sys.executable, ROOT / "results" / "graphs.py", runs[0])
+    assert (runs[0] / "curves.png").exists() or "No module named 'matplotlib'" in drawn[2], drawn
+
+
+def test_experiments_fit_their_steps_and_verify_knows_them_from_others(project, data_dir, tmp_path):
+    for job in experiments.EXPERIMENTS:
+        copy = experiments.make_copy(job.step, job.edits, tmp_path)
+        runpy.run_path(str(copy))["main"](flags(data_dir, tmp_path, "--smoke", *job.flags))
+    for edit in (("not there", ""), ("v2.Normalize(MEAN, STD)", "")):  # the second is there twice
+        with pytest.raises(ValueError):
+            experiments.make_copy(4, [edit], tmp_path)
+    run = project / "results" / "step3_bn_gap-seed1"
+    for path in (*run.parent.glob("step*/*"), *run.parent.glob("*.csv")):
+        path.unlink()
+    write_data(project / "data", train=100, test=2000)
+    made = call(sys.executable, run.parent / "experiments.py", "--steps", 3, "--seeds", 1,
+                "--tables", "steps", "ingredients")
+    assert made[0] == 0 and experiments.read_rows(run.parent / "experiments.csv"), made
+    right, weights = (run / "history.csv").read_text(), (run / "weights.pt").read_bytes()
+    wrong = re.sub(r"[\d.]+(?=,[^,]+,[^,]+$)", lambda it: f"{float(it[0]) - 0.15:.2f}", right)
+    others = (ROOT / "results" / run.name / "weights.pt").read_bytes()
+    for text, content, status in ((right, weights, 0), (wrong, weights, 1), (right, others, 1)):
+        (run / "history.csv").write_text(text)
+        (run / "weights.pt").write_bytes(content)
+        assert call(sys.executable, run.parent / "report.py", "--verify")[0] == status
 
 
 @pytest.mark.mnist
-@pytest.mark.skipif(not (ROOT / "data" / "MNIST").exists(), reason="no MNIST in data/")
+@pytest.mark.skipif(len(list(ROOT.glob("data/MNIST/raw/*-ubyte"))) < 4, reason="no MNIST in data/")
 def test_with_mnist(tmp_path, capsys):
-    STEPS["step4"].main(["--evaluate", str(ROOT / "results" / "step4_aug_lr-seed1.pt")])
-    rows = (ROOT / "results" / "step4_aug_lr-seed1.csv").read_text().splitlines()
-    told = float(re.search(r"\((\S+)%\)", capsys.readouterr().out)[1])
-    assert told == pytest.approx(float(rows[-1].split(",")[4]), abs=0.02)
-    STEPS["step4"].main(["--epochs", "1", "--out", str(tmp_path)])
+    kept = ROOT / "results" / "step4_aug_lr-seed1"
+    *_, last, _, _ = (kept / "history.csv").read_text().split(",")
+    data = flags(ROOT / "data", tmp_path, "--epochs", 1)
+    _, accuracy = STEPS["step4"].main([*data, "--evaluate", str(kept / "weights.pt")])
+    assert accuracy == pytest.approx(float(last), abs=0.02)
+    STEPS["step4"].main(data)
     printed = capsys.readouterr().out
     assert "not MNIST" not in printed  # the sum in common.py is right
     assert float(re.search(r"Last Test Accuracy: (\S+)", printed)[1]) >= 98.5

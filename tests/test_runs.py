@@ -1,21 +1,28 @@
-"""What happens to runs: resuming, refusals, interrupts, outputs that fail, odd places."""
+"""What happens to runs: resuming, kills, damage, refusals, devices, odd places, own copies."""
 
+import contextlib
+import copy
 import functools
 import gzip
+import io
 import itertools
+import math
 import os
 import pickle
 import random
 import re
+import runpy
 import shutil
 import signal
+import tempfile
 import time
+import types
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, STEPS, write_data, write_idx
-from helpers import PROCESSES, finish, flags, history, read_all, refuse, start
+from conftest import ROOT, SCRIPTS, STEPS, flags, history, read_all, refuse, start, write_idx
 
 import common
 
@@ -24,215 +31,298 @@ unix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such thing")
 
 
 @pytest.fixture(scope="module")
-def finished(data_dir, tmp_path_factory):
-    """A folder with a finished run of steps 2 and 4; do not change it."""
+def small(tmp_path_factory):
+    """A folder with 40 training and 20 test images; do not change it."""
+    return conftest.write_data(tmp_path_factory.mktemp("small"), 40, 20)
+
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory):
+    """A folder with a finished run of every step; do not change it."""
     out = tmp_path_factory.mktemp("finished")
-    for name in ("step2", "step4"):
-        STEPS[name].main(flags(data_dir, out))
+    for step in STEPS.values():
+        step.main(flags(small, out, "--batch-size", 16))
     return out
 
 
-@pytest.fixture
-def out(finished, tmp_path):
-    """`tmp_path`/out with the two finished runs in it."""
-    return Path(shutil.copytree(finished, tmp_path / "out"))
-
-
-def interrupt(step, args, epochs=0):
-    """Run a step; press Ctrl-C after `epochs` epochs and the training of another one."""
-    tests = [lambda *_: signal.raise_signal(signal.SIGINT), *[step.test] * epochs]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="^130$"):
-        patch.setattr(step, "test", lambda *args: tests.pop()(*args))
+def interrupt(step, args, tests):
+    """Run a step; press Ctrl-C when it prints its test number `tests`: that epoch is not saved."""
+    class Output(io.StringIO):
+        def write(self, text):
+            nonlocal tests
+            tests -= "Average loss" in text
+            return super().write(text) if tests else signal.raise_signal(signal.SIGINT)
+    with contextlib.redirect_stdout(Output()), pytest.raises(KeyboardInterrupt):
         step.main(args)
 
 
-@pytest.mark.parametrize("name", ["step3", "step4"])
-def test_resumed_run_is_the_run_never_stopped(name, data_dir, tmp_path):
-    step, args = STEPS[name], flags(data_dir, tmp_path / "out")
-    run, peace = (tmp_path / it / f"{SCRIPTS[name].stem}-seed1" for it in ("out", "peace"))
-    step.main([*args, "--out", str(peace.parent)])
-    interrupt(step, args, epochs=1)
-    before, csv = history(run), Path(f"{run}.csv").read_bytes()
-    os.link(f"{run}.csv", tmp_path / "link")
-    Path(f"{run}.log").unlink()  # as if killed between two files
-    shutil.copy(f"{peace}.pt", f"{run}.pt")
-    interrupt(step, [*args, "--resume"])
-    assert history(run) == before
+@pytest.mark.parametrize("name", STEPS)
+def test_resumed_run_is_the_run_never_stopped(name, small, finished, tmp_path, capsys):
+    step, args = STEPS[name], flags(small, tmp_path, "--batch-size", 16)
+    run, peace = (folder / f"{SCRIPTS[name].stem}-seed1" for folder in (tmp_path, finished))
+    interrupt(step, [*args, "--resume"], tests=2)  # it starts where nothing is
+    saved, csv = history(run), (run / "history.csv").read_bytes()
+    os.link(run / "history.csv", tmp_path / "link")
+    (run / "history.csv").unlink()  # as if killed between two files
+    shutil.copy(peace / "weights.pt", run)
+    interrupt(step, [*args, "--resume"], tests=1)
+    assert history(run) == saved
     step.main([*args, "--resume"])
-    assert history(run) == history(peace)
-    assert (tmp_path / "link").read_bytes() == csv
+    assert history(run) == history(peace) and (tmp_path / "link").read_bytes() == csv
+    (run / "history.csv").unlink()
+    torch.save({}, run / "weights.pt")
+    capsys.readouterr()
+    step.main([*args, "--resume"])  # a finished run
+    assert "EPOCH" not in capsys.readouterr().out and history(run) == history(peace)
+    for flag in ("--smoke", f"--evaluate={run}/checkpoint.pt", f"--evaluate={run}/weights.pt"):
+        result = step.main([*args, flag])
+        if flag != "--smoke":
+            figures = f"{result[0]:.6f},{result[1]:.2f}"
+            assert history(run)[0].splitlines()[-1].split(",", 3)[3].startswith(figures)
+    assert len(read_all(tmp_path)) == 4 and history(run) == history(peace)
+
+
+def test_kill_before_and_after_every_move(small, finished, tmp_path):
+    """A kill is, here, an exception after which nothing is cleaned up. An older run lies there."""
+    def burn():
+        nonlocal fuse
+        fuse -= 1
+        if fuse == 0:
+            raise KeyboardInterrupt
+
+    move, old, args = os.replace, tmp_path / "old", flags(small, "", "--batch-size", 16, "--out")
+    interrupt(STEP2, [*args, str(old)], tests=2)
+    for length in itertools.count(1):
+        fuse, out = length, shutil.copytree(old, tmp_path / str(length))
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(os, "replace", lambda *paths: (burn(), move(*paths), burn()))
+            patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+            STEP2.main([*args, str(out)])
+            break
+        runs = [path for path in out.iterdir() if path.suffix != ".tmp"]
+        assert runs and all((run / "checkpoint.pt").exists() for run in runs)
+        STEP2.main([*args, str(out), "--resume"])
+        assert history(out / RUN2) == history(finished / RUN2)
+    assert length > 8
 
 
 @unix
 def test_kills_and_ctrl_c_at_random_moments(data_dir, tmp_path):
     """KILLS=50 in the environment asks for more than three."""
-    numbers = [signal.SIGINT, *[signal.SIGKILL] * int(os.environ.get("KILLS", 3)), None]
-    run, peace, least = tmp_path / "out" / RUN4, tmp_path / "peace" / RUN4, 0
-    args = flags(data_dir, run.parent, "--epochs", 2 * len(numbers))
-    STEPS["step4"].main([*args, "--out", str(peace.parent)])
+    numbers = [signal.SIGINT, *[signal.SIGKILL] * int(os.environ.get("KILLS", 3)), 0]
+    args, saved = flags(data_dir, tmp_path, "--epochs", 3 * len(numbers), "--resume"), 0
+    STEPS["step4"].main([*args, "--out", str(tmp_path / "peace")])
     for number in numbers:
-        resume = ["--resume"] * Path(f"{run}.ckpt").exists()
-        process = start(tmp_path, SCRIPTS["step4"], *args, *resume)
-        begun = f"EPOCH: {least + random.randrange(3)}\n"
-        while number and process.is_alive() and begun not in (tmp_path / "stdout").read_text():
-            time.sleep(0.001)
-        process.join(random.uniform(0, 0.1) if number else None)  # an epoch takes about as long
-        if process.is_alive():
-            os.kill(process.pid, number)
-        status, printed, message = finish(process, tmp_path)
-        assert status == {None: 0, signal.SIGINT: 130, signal.SIGKILL: -9}[number], message
-        assert number != signal.SIGINT or (str(run) in message and message.strip().isprintable())
-        epochs = [int(epoch) for epoch in re.findall(r"EPOCH: (\d+)", printed)]
-        assert epochs[0] >= least, message
-        least = epochs[-1]
-    assert history(run) == history(peace) and len(read_all(run.parent)) == 4
+        process, epochs, last = start(SCRIPTS["step4"], *args), [], saved + random.randrange(3)
+        while line := process.stdout.readline():
+            epochs += [int(epoch) for epoch in re.findall(r"EPOCH: (\d+)", line)]
+            if number and line == f"EPOCH: {last}\n":
+                time.sleep(random.uniform(0, 0.1))  # an epoch takes about as long
+                process.send_signal(number)
+        message = process.stderr.read()
+        assert process.wait() in {0, -number} and epochs[:1] in ([], [saved], [saved + 1]), message
+        saved = max([saved, *epochs])
+    assert history(tmp_path / RUN4) == history(tmp_path / "peace" / RUN4)
+    assert len(read_all(tmp_path)) == 6
 
 
-@pytest.mark.parametrize("change", [
-    "--epochs=5", "--batch-size=64", "--seed=2", "--data-dir=other", "--fp32", "--no-compile",
-    "threads", "torch", "device"])
-def test_resume_of_another_run_is_refused(change, data_dir, out, tmp_path, monkeypatch):
-    args, ckpt = flags(data_dir, out, "--resume"), out / f"{RUN2}.ckpt"
-    STEP2.main(args)  # without the change
-    monkeypatch.chdir(tmp_path)
-    write_data(tmp_path / "other", test=99)
-    shutil.copy(ckpt, out / "step2_skeleton-seed2.ckpt")
-    monkeypatch.setattr(common, "is_bf16_faster", lambda device: True)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    if change[0] == "-":  # a flag that is there goes
-        args = [arg for arg in args if arg != change] if change in args else [*args, change]
-    elif change == "threads":
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    elif change == "torch":
-        monkeypatch.setattr(torch, "__version__", type(torch.__version__)("99.0"))
-    else:
-        checkpoint = torch.load(ckpt)
-        checkpoint["settings"]["device"] = "cuda:77"
-        torch.save(checkpoint, ckpt)
-    before, line = read_all(out), refuse(STEP2, *args)
-    assert str(out / "step2_skeleton-seed") in line and (change != "device" or "cuda:77" in line)
-    assert read_all(out) == before
+def test_nothing_is_overwritten(small, finished, tmp_path):
+    args = flags(small, tmp_path, "--batch-size", 16)
+    runs = [tmp_path / f"{RUN2}{number}" for number in ("", ".1", ".2", ".3")]
+    interrupt(STEP2, args, tests=3)
+    contents = [read_all(runs[0])]
+    interrupt(STEP2, args, tests=1)
+    for epochs in ("3", "1", "1"):
+        STEP2.main([*args, "--epochs", epochs])
+        contents.append(read_all(runs[0]))
+    assert [read_all(run) for run in (*runs[1:], runs[0])] == contents
+    assert [content["history.csv"].count(b"\n") for content in contents] == [3, 4, 2, 2]
+    shutil.rmtree(runs[0])
+    runs[1].rename(runs[0])
+    STEP2.main([*args, "--resume"])  # the first one
+    assert history(runs[0]) == history(finished / RUN2)
 
 
+def test_resume_after_changes(small, tmp_path, capsys):
+    """Some change nothing, but perhaps the rounding; the others would make it another run."""
+    script = Path(shutil.copy(SCRIPTS["step2"], tmp_path / "step2_mine (1).py"))
+    text, moved = script.read_text("utf-8"), shutil.copytree(small, tmp_path / "moved")
+    step = types.SimpleNamespace(main=lambda args: runpy.run_path(str(script))["main"](args))
+    args = flags(small, tmp_path / "out", "--batch-size", 64, "--resume")  # too large to compile
+    interrupt(step, args, tests=2)
+    checkpoint = next(tmp_path.rglob("checkpoint.pt"))
+    content = torch.load(checkpoint)
+    torch.save(content | {"settings": content["settings"] | {"python": "2.7"}}, checkpoint)
+    script.write_text(f"# Mine.\n{text}", "utf-8")
+    torch.set_num_threads(2)
+    step.main([arg for arg in args if arg != "--plain"] + ["--data-dir", str(moved)])
+    torch.set_num_threads(1)
+    assert re.findall(r"EPOCH: (\d)", capsys.readouterr().out) == ["1", "2"]
+    torch.save(content | {"settings": content["settings"] | {"device": "cuda"}}, checkpoint)
+    before, other = read_all(tmp_path / "out"), conftest.write_data(tmp_path / "other", 40, 19)
+    for change, flag in (("epochs", "--epochs=5"), ("batch size", "--batch-size=65"),
+                         ("data", f"--data-dir={other}"), ("device", "--plain"),
+                         ("script", "--plain")):
+        if change == "script":
+            script.write_text(re.sub("(LEARNING_RATE = ).*", r"\1 0.5", text), "utf-8")
+        assert change in refuse(step, *args, flag).replace(str(checkpoint), "")
+    assert read_all(tmp_path / "out") == before
+
+
+def one_inf(path):
+    """Make one weight infinite."""
+    content = torch.load(path)
+    next(iter(content.get("weights", content).values())).view(-1)[0] = math.inf
+    torch.save(content, path)
+
+
+DATA = IMAGES, LABELS = "t10k-images-idx3-ubyte", "train-labels-idx1-ubyte"
+SAVED = CHECKPOINT, WEIGHTS = "checkpoint.pt", "weights.pt"
 # What makes a folder `trap` when it is unpickled.
 TRAP = type("Trap", (), {"__reduce__": lambda self: (os.mkdir, ("trap",))})()
-FILES = IMAGES, LABELS, CKPT, PT = (
-    "t10k-images-idx3-ubyte", "train-labels-idx1-ubyte", f"{RUN2}.ckpt", f"{RUN2}.pt")
-DAMAGES = {  # to any of them
-    "missing": lambda path: path.unlink(),
-    "empty": lambda path: path.write_bytes(b""),
-    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    "folder": lambda path: (path.unlink(), path.mkdir()),
-    "gzip": lambda path: path.write_bytes(gzip.compress(path.read_bytes())),
-    "code": lambda path: path.write_bytes(pickle.dumps(TRAP, protocol=2)),
-}
-SPECIAL = {  # to one of them
-    (IMAGES, "14x56"): lambda path: write_idx(path, torch.zeros(100, 14, 56).byte()),
-    (IMAGES, "none"): lambda path: write_idx(path, torch.zeros(0, 28, 28).byte()),
-    (IMAGES, "swapped"): lambda path: shutil.copy(path.with_name("t10k-labels-idx1-ubyte"), path),
-    (LABELS, "too few"): lambda path: write_idx(path, torch.zeros(299).byte()),
-    (LABELS, "of 10"): lambda path: write_idx(path, torch.full((300,), 10).byte()),
-    (LABELS, "magic number"): lambda path: path.write_bytes(b"\1" + path.read_bytes()[1:]),
-    (CKPT, "other step"): lambda path: shutil.copy(path.with_name(f"{RUN4}.ckpt"), path),
-    (CKPT, "other content"): lambda path: torch.save([1, 2], path),
-    (CKPT, "code in a zip"): lambda path: torch.save({"settings": TRAP}, path),
-    (PT, "code in a zip"): lambda path: torch.save({"layers": TRAP}, path),
-    (PT, "other step"): lambda path: shutil.copy(path.with_name(f"{RUN4}.pt"), path),
-    (PT, "not finite"): lambda path: torch.save(
-        {name: tensor / 0 for name, tensor in torch.load(path).items()}, path),
-    (PT, "checkpoint"): lambda path: shutil.copy(path.with_suffix(".ckpt"), path),
-    (PT, "_orig_mod."): lambda path: torch.save(  # as a compiled model names them
-        {f"_orig_mod.{name}": tensor for name, tensor in torch.load(path).items()}, path),
-}
+DAMAGES = [
+    ("missing", (*DATA, WEIGHTS), lambda path: path.unlink()),
+    ("packed", DATA, lambda path: path.rename(f"{path}.gz")),
+    ("dotted", DATA, lambda path: path.rename(str(path).replace("-idx", ".idx"))),
+    ("empty", DATA + SAVED, lambda path: path.write_bytes(b"")),
+    ("cut", DATA + SAVED, lambda path: path.write_bytes(path.read_bytes()[:-1])),
+    ("folder", DATA + SAVED, lambda path: (path.unlink(), path.mkdir())),
+    ("gzip", DATA + SAVED, lambda path: path.write_bytes(gzip.compress(path.read_bytes()))),
+    ("code", DATA + SAVED, lambda path: path.write_bytes(pickle.dumps(TRAP, protocol=2))),
+    ("magic number", DATA, lambda path: path.write_bytes(b"\1" + path.read_bytes()[1:])),
+    ("swapped", [IMAGES], lambda path: shutil.copy(path.with_name(LABELS), path)),
+    ("14x56", [IMAGES], lambda path: write_idx(path, torch.zeros(20, 14, 56).byte())),
+    ("none", [IMAGES], lambda path: write_idx(path, torch.zeros(0, 28, 28).byte())),
+    ("too few", [LABELS], lambda path: write_idx(path, torch.zeros(39).byte())),
+    ("up to 10", [LABELS], lambda path: write_idx(path, torch.arange(40).remainder(11).byte())),
+    ("list", SAVED, lambda path: torch.save([1, 2], path)),
+    ("code in a zip", SAVED, lambda path: torch.save({"weights": TRAP}, path)),
+    ("other step", SAVED, lambda path: shutil.copy(path.parents[1] / RUN4 / path.name, path)),
+    ("not finite", SAVED, one_inf),
+    ("_orig_mod.", [WEIGHTS], lambda path: torch.save(  # as a compiled model names them
+        {f"_orig_mod.{name}": tensor for name, tensor in torch.load(path).items()}, path)),
+]
 
 
-@pytest.mark.parametrize(("file", "kind"), [*itertools.product(FILES, DAMAGES), *SPECIAL])
-def test_damaged_file_is_refused(file, kind, out, data_dir, tmp_path, monkeypatch, capsys):
-    data = shutil.copytree(data_dir, tmp_path / "data")
-    path = next(tmp_path.rglob(file))
-    flag = {".ckpt": "--resume", ".pt": f"--evaluate={path}"}.get(path.suffix, "--fp32")
+@pytest.mark.parametrize(("file", "damage"), [
+    pytest.param(file, damage, id=f"{file} {kind}")
+    for kind, files, damage in DAMAGES for file in files])
+def test_damaged_file_is_refused(file, damage, small, finished, tmp_path, monkeypatch, capsys):
+    raw = Path(shutil.copytree(small, tmp_path / "data"), "MNIST", "raw")
+    for name in (RUN2, RUN4):
+        shutil.copytree(finished / name, tmp_path / "out" / name)
+    path = (raw if file in DATA else tmp_path / "out" / RUN2) / file
+    flag = {CHECKPOINT: "--resume", WEIGHTS: f"--evaluate={path}"}.get(file, "--plain")
+    damage(path)
     monkeypatch.chdir(tmp_path)
-    SPECIAL.get((file, kind), DAMAGES.get(kind))(path)
     before = read_all(tmp_path)
-    line = refuse(STEP2, *flags(data, out, flag))
-    assert str(path) in line or kind == "not finite"
-    assert "_orig_mod." in line or kind != "_orig_mod."
+    line = refuse(STEP2, *flags(tmp_path / "data", tmp_path / "out", "--batch-size", 16, flag))
+    assert re.split("-images|-labels", str(path))[0] in line
+    assert all(other.name in line for other in raw.glob("*.*"))  # to be unpacked or renamed
     assert "EPOCH" not in capsys.readouterr().out
     assert read_all(tmp_path) == before and not Path("trap").exists()
 
 
-def test_finished_run_survives_other_ones(data_dir, out, capsys):
-    before, args, last = read_all(out), flags(data_dir, out), out / f"{RUN2}.previous"
-    told, first = re.findall("Test set.*", before[f"{RUN2}.log"].decode()), history(out / RUN2)
-    STEP2.main([*args, "--evaluate", str(out / f"{RUN2}.pt")])
-    assert re.findall("Test set.*", capsys.readouterr().out) == told[-1:]
-    STEP2.main([*args, "--smoke"])
-    assert read_all(out) == before
-    for epochs in (0, 1):
-        interrupt(STEP2, [*args, "--batch-size", "50"], epochs)
-        assert history(last) == first
-    STEP2.main([*args, "--batch-size", "50", "--resume"])
-    second = history(out / RUN2)
-    STEP2.main(args)
-    assert history(last) == second and history(out / RUN2) == first
+NOWHERE = "/proc" if Path("/proc/self").exists() else "/"  # a folder that root cannot write to
+WRONG = {2: ["--epochs=0", "--epochs=x", "--batch-size=0", "--seed=-1", f"--seed={2**63}",
+             f"--seed={2**64}", "--epoch=3", "--batch=16", "--abacus", "--smoke --resume",
+             "--smoke --evaluate=file", "--resume --evaluate=file"],
+         1: ["--device=abacus", "--device=cuda:77", "--device=meta", "--out=file",
+             "--out=file/below", f"--out={NOWHERE}"]}
 
 
-def test_divergence(data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(STEP2, "LEARNING_RATE", 1e30)
-    assert "LEARNING_RATE" in refuse(STEP2, *flags(data_dir, tmp_path, "--batch-size", 10))
-    assert not read_all(tmp_path)
-
-
-@pytest.mark.parametrize(("flag", "value"), [
-    ("--epochs", "0"), ("--batch-size", "0"), ("--seed", "-1"), ("--epoch", "3"),
-    ("--device", "cuda:77"), ("--device", "abacus"), ("--out", "file"), ("--out", "file/below"),
-    pytest.param("--out", "/proc", marks=unix)])
-def test_bad_settings(flag, value, data_dir, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("status", "wrong"), [
+    (status, wrong) for status in WRONG for wrong in WRONG[status]])
+def test_wrong_flags(status, wrong, small, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("mine")
     with pytest.raises(SystemExit) as end:
-        STEP2.main(flags(data_dir, "out", flag, value))
-    printed, status = capsys.readouterr(), end.value.code
-    line = printed.err.splitlines()[-1] if status == 2 else status
-    assert (flag in line or value in line) and line.isprintable()
+        STEP2.main([*flags(small, "out"), *wrong.split()])
+    printed = capsys.readouterr()
+    line = printed.err.splitlines()[-1] if end.value.code == 2 else end.value.code
+    assert wrong.split()[-1].split("=")[2 - status] in line and line.isprintable()
+    assert (status == 2) == (end.value.code == 2)
     assert "EPOCH" not in printed.out and read_all(tmp_path) == {"file": b"mine"}
 
 
+def test_loss_that_is_not_finite(small, tmp_path):
+    model, args = STEP2.Net(), common.parse_args(flags(small, tmp_path), "", 1, 1)
+    run = common.Run(SCRIPTS["step2"], args, model, torch.optim.SGD(model.parameters()))
+    run.save(1, 10, 1, 10)
+    before = read_all(tmp_path)
+    for train_loss, test_loss in ((math.nan, 1), (1, math.nan), (math.inf, 1), (1, math.inf)):
+        with pytest.raises(SystemExit, match="LEARNING_RATE"):
+            run.save(train_loss, 10, test_loss, 10)
+    assert read_all(tmp_path) == before
+
+
+@pytest.mark.parametrize(("there", "taken"), [("cpu:0", "cpu:0"), ("meta", "cpu"), ("", "cpu")])
+def test_auto_takes_an_accelerator_that_works(there, taken, small, monkeypatch, capsys):
+    """torch computes on "meta" too, but without numbers: asked for one, it fails."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(there))
+    STEP2.main(["--smoke", "--data-dir", str(small)])
+    printed = capsys.readouterr().out
+    assert f"Device: {taken}," in printed and ("meta" in printed) == (there == "meta")
+
+
+def test_seconds_are_those_of_an_epoch_with_its_test(tmp_path):
+    data, start_of_all = conftest.write_data(tmp_path, 9, 2000), time.perf_counter()
+    STEP2.main(flags(data, tmp_path))
+    rows = (tmp_path / RUN2 / "history.csv").read_text().splitlines()[1:]
+    seconds = sum(float(row.split(",")[-1]) for row in rows)
+    assert seconds < time.perf_counter() - start_of_all < 2 * seconds
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_returned_network_is_a_plain_one(backend, small, tmp_path, monkeypatch):
+    """... though compiled; "inductor" has no temporary folder to do so."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file" / "below"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    args = flags(small, tmp_path, "--batch-size", 16)
+    model, images = STEP2.main([arg for arg in args if arg != "--plain"]), torch.rand(9, 1, 28, 28)
+    twin, other = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    torch.nn.init.zeros_(next(twin.parameters()))
+    assert torch.equal(model(images), other(images)) and not twin(images).any()
+
+
 @unix
-def test_outputs_that_fail(data_dir, out, tmp_path):
-    """On a full disk, with `> /dev/full`, and with `| head`."""
-    before, args = read_all(out), flags(data_dir, tmp_path / "new", "--epochs", 10**6)
-    cases = [(flags(data_dir, out), {"limit": 30_000}, str(out / RUN2))]
-    if Path("/dev/full").exists():
-        cases.append((args, {"stdout": "/dev/full"}, "output"))
-    for args, options, name in cases:
-        process = start(tmp_path, SCRIPTS["step2"], *args, **options)
-        status, _, message = finish(process, tmp_path)
-        assert status == 1 and message.strip().isprintable() and name in message
-    assert sorted(read_all(out).values()) == sorted(before.values())  # moved, if anything
-    reader, writer = PROCESSES.Pipe(duplex=False)
-    process = start(tmp_path, SCRIPTS["step2"], *args, stdout=writer)
-    writer.close()
-    assert os.read(reader.fileno(), 1)
-    reader.close()
-    assert finish(process, tmp_path) == (141, "", "")
+def test_full_disk_and_head(small, finished, tmp_path):
+    resource = pytest.importorskip("resource")
+    shutil.copytree(finished / RUN2, tmp_path / "full" / RUN2)
+    full = start(SCRIPTS["step2"], *flags(small, tmp_path / "full"), preexec_fn=lambda: (
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))))
+    head = start(SCRIPTS["step2"], *flags(small, tmp_path / "head", "--epochs", 10**6))
+    while head.stdout.readline() not in ("EPOCH: 2\n", ""):
+        pass
+    head.stdout.close()
+    assert "BrokenPipeError" in head.stderr.read() and head.wait() == 1
+    assert history(tmp_path / "head" / RUN2)[0].count("\n") >= 3
+    assert "Traceback" in full.communicate()[1] and full.returncode == 1
+    assert read_all(tmp_path / "full" / RUN2) == read_all(finished / RUN2)
+    assert len(read_all(tmp_path)) == 6
 
 
-def test_copy_of_a_step_is_a_run_of_its_own(data_dir, tmp_path):
-    """Two seeds at once, in a read-only folder, odd paths, on outputs that know ASCII alone."""
-    out, checkout, processes = tmp_path / "ø ut", tmp_path / "chëck out", {}
-    checkout.mkdir()
-    shutil.copy(ROOT / "common.py", checkout)
-    copy = Path(shutil.copy(SCRIPTS["step2"], checkout / "step2_mine.py"))
-    checkout.chmod(0o555)
-    for seed in ("1", "2"):
-        args = flags(data_dir, out, "--seed", seed)
-        processes[seed] = start(tmp_path / seed, copy, *args, PYTHONIOENCODING="ascii")
-    assert [finish(processes[seed], tmp_path / seed)[::2] for seed in "12"] == [(0, "")] * 2
-    assert len(read_all(out)) == 8 and (out / "step2_mine-seed2.csv").exists()
-    text, args = copy.read_text("utf-8"), flags(data_dir, out, "--seed", 2, "--resume")
-    copy.write_text(f"# A comment.\n{text}", "utf-8")
-    assert finish(start(tmp_path, copy, *args), tmp_path)[0] == 0
-    copy.write_text(re.sub("(LEARNING_RATE = ).*", r"\1 0.5", text), "utf-8")
-    status, _, message = finish(start(tmp_path, copy, *args), tmp_path)
-    assert status == 1 and message.strip().isprintable() and "step2_mine" in message
+def test_elsewhere_with_a_copy_that_fails(small, tmp_path):
+    """All at once, on outputs that know ASCII alone, with default folders for data and runs."""
+    checkout = tmp_path / "chøck out"
+    shutil.copytree(small, checkout / "data")
+    for path in (ROOT / "common.py", *SCRIPTS.values()):
+        shutil.copy(path, checkout)
+    text, mine = SCRIPTS["step2"].read_text("utf-8"), checkout / "step2_mine.py"
+    mine.write_text("import sys\n" + text.replace("    return model\n", """
+    print(sys.stdout is sys.__stdout__, sys.stdout.isatty(), sys.stdout.fileno())
+    open("digit.png")
+"""), "utf-8")
+    args, environment = ("--epochs=1", "--device=cpu", "--plain"), {"PYTHONIOENCODING": "ascii"}
+    scripts = [checkout / path.name for path in (*SCRIPTS.values(), mine)]
+    processes = [start(script, *args, cwd=tmp_path, env=os.environ | environment)
+                 for script in scripts]
+    for script, process in zip(scripts, processes, strict=True):
+        printed, message = process.communicate()
+        assert process.returncode == (script == mine) and "ch?ck out" in printed, message
+        assert len(read_all(checkout / "runs" / f"{script.stem}-seed1")) == 3
+    assert "True False 1\n" in printed and "Traceback" in message and "digit.png" in message
+    assert list(tmp_path.iterdir()) == [checkout]

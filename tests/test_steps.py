@@ -1,109 +1,119 @@
-"""The four steps: the log, the bar, the networks, real compilation."""
+"""The four steps: the log, the bar, batches, the networks, real compilation."""
 
 import os
 import re
 import select
 import subprocess
-import threading
+import sys
+import time
 
 import pytest
 import torch
-from conftest import SCRIPTS, STEPS, write_data
-from helpers import finish, flags, read_all, start
+from conftest import SCRIPTS, STEPS, call, flags, history, read_all, start, write_data
+from torch import nn
 
-PARAMETERS = {"step1": 6_379_786, "step2": 20_750, "step3": 9_078, "step4": 9_538}
+import common
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiling(data_dir, tmp_path_factory):
-    """A folder, a function that starts a compiled run in one, and the process of the first run."""
-    def begin(out, *more):
-        args = [arg for arg in flags(data_dir, out, *more) if arg != "--no-compile"]
-        return start(out, SCRIPTS["step2"], *args, TORCHINDUCTOR_CACHE_DIR=str(folder / "cache"),
-                     TORCHINDUCTOR_COMPILE_THREADS="1", TORCHINDUCTOR_VEC_ISA_OK="0")  # faster
-
-    folder = tmp_path_factory.mktemp("compiling")
-    return folder, begin, begin(folder)  # beside the first tests, because it takes longest
+PARAMETERS = {"step1": "6,379,786", "step2": "20,750", "step3": "9,078", "step4": "9,538"}
 
 
 def check_log(text, epochs, batches):
-    """Compare a log, from its first epoch on, with the documented format, byte for byte."""
+    """Compare all that a run has printed with the documented format, byte for byte."""
     bar = (rf"Loss=\d+\.\d+(e-\d+)? Batch_id={batches - 1} Accuracy=\d+\.\d\d: 100%\|█{{10}}\| "
            rf"{batches}/{batches} \[\d\d:\d\d<00:00, +\d+\.\d\d(it/s|s/it)\]")
-    test = r"Test set: Average loss: \d+\.\d{4}, Accuracy: \d+/100 \(\d+\.\d\d%\)"
-    wanted = "".join(f"EPOCH: {epoch}\n{bar}\n\n{test}\n\n" for epoch in range(epochs))
+    test = r"Test set: Average loss: \d+\.\d{4}, Accuracy: \d+/\d+ \(\d+\.\d\d%\)"
+    wanted = r"Device: .*\nData: .*\n=+\n(?s:.*)\n=+\nSettings: .*, seed 1, .*\n(Saving to .*\n)?"
+    wanted += "".join(f"EPOCH: {epoch}\n{bar}\n\n{test}\n\n" for epoch in range(epochs))
     wanted += "".join(rf"{it} Test Accuracy: \d+\.\d\d \(Epoch \d\)\n" for it in ("Best", "Last"))
-    assert re.fullmatch(wanted, text[text.index("EPOCH: "):]), text
+    assert re.fullmatch(wanted, text), text
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_smoke_from_the_shell(name, data_dir, tmp_path):
-    process = start(tmp_path, SCRIPTS[name], *flags(data_dir, tmp_path / "out", "--smoke"))
-    status, printed, message = finish(process, tmp_path)
-    assert (status, message) == (0, "")
-    assert re.search(rf"\b{PARAMETERS[name]:,}\b", printed)
+@pytest.mark.parametrize("step", STEPS)
+def test_smoke_from_the_shell(step, data_dir, tmp_path):
+    """No file, no warning, and one summary."""
+    args = flags(data_dir, tmp_path / "out", "--smoke")
+    status, printed, message = call(sys.executable, SCRIPTS[step], *args)
+    assert (status, message, read_all(tmp_path)) == (0, "", {})
+    assert re.findall(r"Total params: (\S+)", printed) == [PARAMETERS[step]]
+    assert "(M)" in printed and "Units." not in printed
     check_log(printed, epochs=1, batches=1)
-    assert set(read_all(tmp_path)) == {"stdout", "stderr"}
-
-
-def test_log_is_what_was_printed(data_dir, tmp_path, capsys, monkeypatch):
-    """Also when `main` runs in a thread."""
-    step, accuracies, test = STEPS["step2"], iter((10, 30, 20)), STEPS["step2"].test
-    monkeypatch.setattr(step, "test", lambda *args: (test(*args)[0], next(accuracies)))
-    thread = threading.Thread(target=step.main, args=[flags(data_dir, tmp_path)])
-    thread.start()
-    thread.join()
-    printed = capsys.readouterr().out
-    check_log(printed, epochs=3, batches=3)
-    assert (tmp_path / "step2_skeleton-seed1.log").read_text(encoding="utf-8") == printed
-    assert re.findall(r"(\S+) \(Epoch (\d)\)", printed) == [("30.00", "1"), ("20.00", "2")]
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals here")
-def test_moving_bar(tmp_path):
-    """It is on the terminal, and fits; standard output gets only its final line, whole."""
+def test_log_in_a_pipe_and_bar_on_a_terminal(tmp_path):
+    """A line is there when it is known; the bar moves, and fits, also when the window shrinks."""
     terminal, line = os.openpty()
-    subprocess.run(["stty", "rows", "24", "cols", "80"], stdin=line, check=True)
-    args = flags(write_data(tmp_path, 60, 100), tmp_path, "--epochs", 1, "--batch-size", 5)
-    process, drawn = start(tmp_path, SCRIPTS["step1"], *args, stderr=os.ttyname(line)), b""
-    while process.is_alive() or select.select([terminal], [], [], 0)[0]:
-        if select.select([terminal], [], [], 0.1)[0]:
-            drawn += os.read(terminal, 65536)
-    bars = re.findall(r"Loss=[^\r\n]*Batch_id=[^\r\n]*", drawn.decode())
-    assert len(bars) > 1
-    assert all(len(bar) <= 80 and re.search(r"%\|.{10}\| \d+/12", bar) for bar in bars)
-    check_log((tmp_path / "stdout").read_text("utf-8"), epochs=1, batches=12)
+    subprocess.run(["stty", "cols", "80"], stdin=line, check=True)
+    args = flags(write_data(tmp_path, 120, 100), tmp_path, "--epochs", 2, "--batch-size", 2)
+    process = start(SCRIPTS["step1"], *args, stderr=line)
+    pipe = process.stdout.fileno()
+    read = {pipe: b"", terminal: b""}
+    while b"Last Test" not in read[pipe]:
+        for source in select.select([pipe, terminal], [], [])[0]:
+            text = os.read(source, 65536)
+            assert text and text.count(b"Test set") < 2, "more than one epoch at once"
+            if b"Test set" in text:
+                subprocess.run(["stty", "cols", "40"], stdin=line, check=True)
+            read[source] += text
+    assert process.wait() == 0
+    check_log(read[pipe].decode(), epochs=2, batches=60)
+    bars = re.findall(r"Loss=[^\r\n]*", read[terminal].decode())
+    assert all(len(bar) <= 80 for bar in bars) and all(len(bar) <= 40 for bar in bars[-3:])
+    assert all(re.search(r"%\|.{10}\| \d+/60", bar) for bar in bars[:3])
+    assert len(set(re.findall(r"Loss=(\S+) Batch_id=(?:20|40)", "\n".join(bars)))) > 1
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_shapes_and_receptive_fields_in_the_comments(name):
-    net, values, field, jump, found = STEPS[name].Net().eval(), torch.zeros(1, 1, 28, 28), 1, 1, []
-    for line in net.layers:
+def test_figures_and_a_line_a_minute_where_no_bar_moves(monkeypatch, capsys):
+    """A batch takes a second here; the network stays as it is, so its figures are known."""
+    def slow(images):
+        clock.append(len(clock))
+        return images / 255
+
+    clock, images, labels = [0], torch.randint(256, (130, 1, 28, 28)), torch.randint(10, (130,))
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[-1])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    loader = common.Loader("Training", images, labels, slow, batch_size=1)
+    common.train(model, loader, torch.optim.SGD(model.parameters(), lr=0))
+    printed, output = capsys.readouterr(), model(images / 255)
+    correct = (output.argmax(dim=1) == labels).cumsum(0)
+    figures = re.findall(r"Loss=(\S+) Batch_id=(\d+) Accuracy=(\S+): .*130", sum(printed, ""))
+    for loss, batch, accuracy in figures:
+        assert float(accuracy) == round(100 * correct[int(batch)].item() / (int(batch) + 1), 2)
+        expected = nn.functional.cross_entropy(output[int(batch)], labels[int(batch)]).item()
+        assert float(loss) == pytest.approx(expected, abs=1e-5)
+    *minutes, last = sorted((int(batch) + 1) // 60 for _, batch, _ in figures)
+    assert minutes == [1, 2] and printed.err.count("\n") == 2
+    assert printed.out.count("\n") == 1 and "130/130 [02:10<00:00,  1.00it/s]" in printed.out
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_shapes_and_receptive_fields_in_the_comments(step):
+    values, field, jump, found = torch.zeros(1, 1, 28, 28), 1, 1, []
+    for line in STEPS[step].Net().eval().layers:
         values = line(values)
         for layer in line.modules():
-            kernel, stride = (getattr(layer, key, 1) for key in ("kernel_size", "stride"))
-            field += ((kernel[0] if isinstance(kernel, tuple) else kernel) - 1) * jump
-            jump *= stride[0] if isinstance(stride, tuple) else stride
+            field += (torch.tensor(getattr(layer, "kernel_size", 1)).max().item() - 1) * jump
+            jump *= torch.tensor(getattr(layer, "stride", 1)).max().item()
         _, channels, height, width = values.shape
         found.append(f"# {height}x{width}x{channels} | RF {field}")
-    assert re.findall(r"# \d+x\d+x\d+ \| RF \d+", SCRIPTS[name].read_text("utf-8")) == found
+    assert re.findall(r"# \d+x\d+x\d+ \| RF \d+", SCRIPTS[step].read_text("utf-8")) == found
 
 
-def test_compiler_and_its_broken_cache(compiling, data_dir, tmp_path):
-    """A run killed while it compiles leaves empty files in the cache."""
-    def losses(out):
-        rows = (out / "step2_skeleton-seed1.csv").read_text().split()[1:]
-        return [float(row.split(",")[1]) for row in rows]
-
-    STEPS["step2"].main(flags(data_dir, tmp_path))
-    (folder, begin, process), plain = compiling, losses(tmp_path)
-    status, printed, _ = finish(process, folder)
-    assert status == 0 and losses(folder) == pytest.approx(plain, rel=1e-3), printed
-    if ", not compiled" in printed:
-        pytest.skip("torch.compile does not work here; it needs a C++ compiler")
-    max(folder.rglob("*.so"), key=lambda path: path.stat().st_mtime_ns).write_bytes(b"")
-    resumed, new = begin(folder, "--resume"), begin(tmp_path / "new")
-    status, _, message = finish(resumed, folder)
-    assert status == 1 and "Traceback" not in message and str(folder) in message.splitlines()[-1]
-    status, printed, _ = finish(new, tmp_path / "new")
-    assert status == 0 and ", not compiled" in printed and losses(tmp_path / "new") == plain
+def test_compiler_and_its_broken_cache(data_dir, tmp_path, monkeypatch):
+    """A run that is killed while it compiles may leave empty files in the cache."""
+    for name, value in {"CACHE_DIR": tmp_path, "COMPILE_THREADS": 1, "VEC_ISA_OK": 0}.items():
+        monkeypatch.setenv(f"TORCHINDUCTOR_{name}", str(value))  # the last two: faster
+    args = [arg for arg in flags(data_dir, tmp_path) if arg != "--plain"]
+    run = tmp_path / "step2_skeleton-seed1"
+    losses = []
+    for words in (", compiled\n", ", fp32, not compiled ("):
+        status, printed, message = call(sys.executable, SCRIPTS["step2"], *args)
+        assert (status, message) == (0, "")
+        if not losses and ", not compiled" in printed:
+            pytest.skip("torch.compile does not work here; it needs a C++ compiler")
+        assert words in printed
+        losses.append([float(row.split(",")[1]) for row in history(run)[0].split()[1:]])
+        max(tmp_path.rglob("*.so"), key=lambda path: path.stat().st_mtime_ns).write_bytes(b"")
+    repaired = history(run)
+    STEPS["step2"].main([*args, "--plain"])
+    assert history(run) == repaired and losses[0] == pytest.approx(losses[1], rel=1e-2)
