@@ -347,7 +347,7 @@ class Run:
             "script": Path(script).read_text("utf-8-sig"), "epochs": args.epochs, "seed": args.seed,
             "batch size": args.batch_size, "split": args.validate, "device": args.device.type,
             "data": hash_files(args.data_dir / "MNIST/raw")}
-        self.folder = args.out / f"{Path(script).stem}-seed{args.seed}{'-validation' * args.validate}"
+        self.path = args.out / f"{Path(script).stem}-seed{args.seed}{'-validation' * args.validate}"
         self.rows = []  # of the csv
         if not args.smoke:
             self.prepare()
@@ -359,16 +359,16 @@ class Run:
         with one_line(f"--out {self.args.out} cannot be used"):
             self.args.out.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.args.out).close()  # fails now, not after an epoch
-            paths = (Path(f"{self.folder}.{number}") for number in range(1, 10**9))
+            paths = (Path(f"{self.path}.{number}") for number in range(1, 10**9))
             self.aside = next(path for path in paths if not path.exists())  # for what is there now
-        words = f"Saving to {self.folder} after every epoch; --resume continues there"
-        if self.args.resume and (self.folder / "checkpoint.pt").exists():
-            self.restore(self.folder / "checkpoint.pt")
+        words = f"Saving to {self.path} after every epoch; --resume continues there"
+        if self.args.resume and (self.path / "checkpoint.pt").exists():
+            self.restore(self.path / "checkpoint.pt")
         elif self.args.resume:
             words = f"Nothing to resume, so the run starts. {words}"
-        if self.aside and self.folder.exists():
+        if self.aside and self.path.exists():
             words += f". The run that is there now will be kept as {self.aside}"
-        print(words if len(self.rows) < self.args.epochs else f"{self.folder} is finished")
+        print(words if len(self.rows) < self.args.epochs else f"{self.path} is finished")
 
     def restore(self, path):
         """Go back to the last saved epoch; exit with 1 if it belongs to another run."""
@@ -411,20 +411,20 @@ class Run:
         checkpoint = {"settings": self.settings, "rows": self.rows, "weights": weights,
                       "states": [part.state_dict() for part in self.stateful],
                       "random": [generator.get_rng_state() for generator in self.generators]}
-        new = Path(f"{self.folder}.tmp")
+        new = Path(f"{self.path}.tmp")
         new.mkdir(parents=True, exist_ok=True)  # a run that was killed may have left it
         try:
             (new / "history.csv").write_bytes("\n".join((header, *self.rows, "")).encode())
             for name, content in (("checkpoint.pt", checkpoint), ("weights.pt", weights)):
                 with open(new / name, "wb") as file:
                     torch.save(content, file)
-            if self.aside and self.folder.exists():
-                os.replace(self.folder, self.aside)
+            if self.aside and self.path.exists():
+                os.replace(self.path, self.aside)
             self.aside = None
-            if self.folder.exists():  # the checkpoint first: --resume makes the others from it
+            if self.path.exists():  # the checkpoint first: --resume makes the others from it
                 for name in ("checkpoint.pt", "weights.pt", "history.csv"):
-                    os.replace(new / name, self.folder / name)
+                    os.replace(new / name, self.path / name)
             else:  # as a whole, so that the folder is never without its checkpoint
-                os.replace(new, self.folder)
+                os.replace(new, self.path)
         finally:
             shutil.rmtree(new, ignore_errors=True)

@@ -97,11 +97,12 @@ def draw_augmentation(step):
                        "Top row: training digits. Below: what five epochs may see instead")
 
 
-def draw_errors(step, weights):
-    """Draw every test digit that a network with these weights gets wrong."""
+def draw_errors(step):
+    """Draw every test digit that the kept weights of step 4, seed 1, get wrong."""
+    weights = torch.load(HERE / f"{SCRIPTS[4]}-seed1" / "weights.pt", weights_only=True)
     data = MNIST(ROOT / "data", train=False)
     net = step.Net().eval()
-    net.load_state_dict(torch.load(weights, weights_only=True))
+    net.load_state_dict(weights)
     with torch.inference_mode():
         sure, answers = net(step.test_transform(data.data.unsqueeze(1))).softmax(dim=1).max(dim=1)
     wrong = (answers != data.targets).nonzero().flatten()
@@ -113,25 +114,24 @@ def draw_errors(step, weights):
 
 def main():
     """Draw the runs that the command line names or, if none, the pictures of results/."""
-    if sys.argv[1:]:
-        runs = read_folders([Path(argument) for argument in sys.argv[1:]])
-        groups = {f"{path}, {len(run)} of {run[-1]['planned']} epochs": [run]
-                  for path, run in runs.items()}
-        path = Path(sys.argv[1])
-        tested = "validation" if "-validation" in path.resolve().name else "test"
-        draw_curves(groups, tested).savefig(path / "curves.png")
-        print(f"Drawn: {path / 'curves.png'}")
-        return
-    runs = {step: list(runs_of("steps", step).values()) for step in STEPS}
-    pictures = {"curves": draw_curves({f"step {step}, {len(found)} runs": found
-                                       for step, found in runs.items() if found}),
-                "drilldown": draw_drilldown()}
-    if (ROOT / "data" / "MNIST" / "raw").exists():
-        step = importlib.import_module(SCRIPTS[4])
-        pictures["augmentation"] = draw_augmentation(step)
-        pictures["errors"] = draw_errors(step, HERE / f"{SCRIPTS[4]}-seed1" / "weights.pt")
-    for name, figure in pictures.items():
-        figure.savefig(HERE / f"{name}.png", metadata={"Software": None})
+    pictures = {}  # figures by the paths of their files
+    paths = [Path(argument) for argument in sys.argv[1:]]
+    if paths:
+        tested = "validation" if "-validation" in paths[0].resolve().name else "test"
+        groups = {f"{path}, {len(run)} of {run[-1].get('planned', len(run))} epochs": [run]
+                  for path, run in read_folders(paths).items()}
+        pictures[paths[0] / "curves.png"] = draw_curves(groups, tested)
+    else:
+        runs = {f"step {step}": list(runs_of("steps", step).values()) for step in STEPS}
+        pictures[HERE / "curves.png"] = draw_curves(runs)
+        pictures[HERE / "drilldown.png"] = draw_drilldown()
+        if (ROOT / "data" / "MNIST" / "raw").exists():
+            step = importlib.import_module(SCRIPTS[4])
+            pictures[HERE / "augmentation.png"] = draw_augmentation(step)
+            pictures[HERE / "errors.png"] = draw_errors(step)
+    for path, figure in pictures.items():
+        figure.savefig(path, metadata={"Software": None})
+        print(f"Drawn: {path}")
 
 
 if __name__ == "__main__":

