@@ -177,9 +177,10 @@ def train(run):
     if table != "times":
         environment["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory(dir=HERE, prefix=".tmp") as folder:
-        command = [sys.executable, make_copy(step, edits, folder), f"--seed={seed}",
-                   f"--data-dir={data_dir}", f"--out={folder}/runs", "--device=cpu", *flags]
-        process = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
+        command = [sys.executable, make_copy(step, edits, folder).name, f"--seed={seed}",
+                   f"--data-dir={data_dir}", "--out=runs", "--device=cpu", *flags]
+        process = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, encoding="utf-8")
         outcome = f"FAILED: {process.stderr[-500:]}" if process.returncode else "done"
         print(f"{table}, step {step}, {name}, seed {seed}: {outcome}", flush=True)
         if process.returncode:

@@ -3,7 +3,7 @@
     python results/graphs.py runs/step4_aug_lr-seed1 ...    curves.png, in the first of the folders
     python results/graphs.py                                the pictures, from the runs kept here
 
-Needs matplotlib; trains nothing. The pictures of digits need MNIST in data/.
+Needs matplotlib; trains nothing. The picture of digits needs MNIST in data/.
 """
 
 import importlib
@@ -47,7 +47,8 @@ def draw_curves(groups, tested="test"):
             axis.yaxis.set_major_formatter("{x:g}")
             axis.minorticks_off()
     axes[1, 2].axis("off")
-    axes[1, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="center")
+    axes[1, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="center",
+                      title="each line is a run")
     return figure
 
 
@@ -65,51 +66,28 @@ def draw_drilldown():
                       marker="o", markersize=8, capsize=4, label=f"step {step}: {parameters} "
                       f"weights, {100 * (100 - mean):.0f} of 10,000 digits wrong")
         axis.plot(place, float(course), "x", color="#e6007e", markersize=7, markeredgewidth=2,
-                  label="the course: best epoch of its one run" if step == 4 else None)
+                  zorder=4, label="the course: best epoch of its one run" if step == 4 else None)
     axis.set(xscale="log", xlim=(3e3, 2e7), xlabel="weights (parameters) of the network, log scale",
-             ylabel="test accuracy after the last epoch, %: mean and range of the runs",
+             ylabel="test accuracy, last epoch, %: mean and range of the runs",
              title="In four steps from 6.4 million weights to 9,538, and to fewer wrong digits")
     axis.legend(loc="lower right")
     return figure
 
 
-def draw_digits(images, titles, columns, title):
-    """Draw images N×28×28, black on white, each below its title."""
-    rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(8.5, 0.5 + 1.1 * rows))
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, words in zip(axes.flat, images, titles, strict=False):
-        axis.imshow(image, cmap="Greys")
-        axis.set_title(words, fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    return figure
-
-
-def draw_augmentation(step):
+def draw_augmentation():
     """Draw ten training digits as they are, and as five epochs may see them."""
+    step = importlib.import_module(SCRIPTS[4])
     data = MNIST(ROOT / "data")
     chosen = [data.targets.tolist().index(digit) for digit in range(10)]
     images = data.data[chosen].unsqueeze(1)
     torch.manual_seed(1)
     rows = [step.test_transform(images), *(step.train_transform(images) for _ in range(5))]
-    return draw_digits(torch.cat(rows)[:, 0], [""] * 60, 10,
-                       "Top row: training digits. Below: what five epochs may see instead")
-
-
-def draw_errors(step):
-    """Draw every test digit that the kept weights of step 4, seed 1, get wrong."""
-    weights = torch.load(HERE / f"{SCRIPTS[4]}-seed1" / "weights.pt", weights_only=True)
-    data = MNIST(ROOT / "data", train=False)
-    net = step.Net().eval()
-    net.load_state_dict(weights)
-    with torch.inference_mode():
-        sure, answers = net(step.test_transform(data.data.unsqueeze(1))).softmax(dim=1).max(dim=1)
-    wrong = (answers != data.targets).nonzero().flatten()
-    titles = [f"{data.targets[number]} read as {answers[number]}\n{sure[number]:.0%} sure"
-              for number in wrong]
-    return draw_digits(data.data[wrong], titles, 9,
-                       f"The {len(wrong)} test digits of 10,000 that step 4, seed 1, gets wrong")
+    figure, axes = plt.subplots(6, 10, figsize=(8.5, 5.5))
+    for axis, image in zip(axes.flat, torch.cat(rows)[:, 0], strict=True):
+        axis.imshow(image, cmap="Greys")
+        axis.axis("off")
+    figure.suptitle("Top row: training digits. Below: what five epochs may see instead")
+    return figure
 
 
 def main():
@@ -126,9 +104,7 @@ def main():
         pictures[HERE / "curves.png"] = draw_curves(runs)
         pictures[HERE / "drilldown.png"] = draw_drilldown()
         if (ROOT / "data" / "MNIST" / "raw").exists():
-            step = importlib.import_module(SCRIPTS[4])
-            pictures[HERE / "augmentation.png"] = draw_augmentation(step)
-            pictures[HERE / "errors.png"] = draw_errors(step)
+            pictures[HERE / "augmentation.png"] = draw_augmentation()
     for path, figure in pictures.items():
         figure.savefig(path, metadata={"Software": None})
         print(f"Drawn: {path}")

@@ -28,8 +28,9 @@ STEPS = {  # lesson, parameters, the course's test accuracy: the best epoch of o
 START = ["runs", "last epoch", "wrong digits"]
 TABLES = {  # heads of the columns
     "runs": ["run", "epochs", *START[1:], "best epoch", "last five", "under 99.40"],
-    "steps": ["script", "lesson", "parameters", "course", *START, "best epoch", "train − test"],
-    "overfitting": ["step", *START, "training accuracy", "wrong training digits", "train − test"],
+    "steps": ["script", "lesson", "parameters", "course", *START, "best epoch",
+              "training accuracy"],
+    "overfitting": ["step", *START, "training accuracy", "wrong training digits"],
     "ingredients": ["step", "run", *START, "more wrong digits", "last five", "test loss",
                     "first training loss", "logged train − test"],
     "plain": ["step", "run", *START, "more wrong digits"],
@@ -72,7 +73,6 @@ def describe(runs, reference):
                                      for run, accuracy in zip(runs.values(), last, strict=True)]),
         "training accuracy": join(trained),
         "wrong training digits": join([600 * (100 - accuracy) for accuracy in trained], 0),
-        "train − test": join([one - two for one, two in zip(trained, last, strict=False)]),
         "seconds": join([sum(column(run, "seconds")) for run in runs.values()], 0),
     }
 

@@ -90,4 +90,4 @@ def history(run):
     """Return the csv, without its times, and the weights of a run's folder."""
     csv = re.sub(r",[^,\n]*$", "", (run / "history.csv").read_text(), flags=re.MULTILINE)
     weights = torch.load(run / "weights.pt", weights_only=True)
-    return csv, {name: tensor.tolist() for name, tensor in weights.items()}
+    return csv, {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
