@@ -17,10 +17,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -32,8 +30,6 @@ import common  # noqa: E402
 
 CSV = HERE / "experiments.csv"
 KIND = (common.CPU.get("cpu_name", "unknown CPU"), str(torch.__version__))  # of this machine
-get_kind = itemgetter("machine", "torch")  # of a row
-LOCK = threading.Lock()  # for the csv
 SCRIPTS = {1: "step1_setup", 2: "step2_skeleton", 3: "step3_bn_gap", 4: "step4_aug_lr"}
 LOG = re.compile(  # what the first lines of a run tell
     r"^Device: cpu\W+(?P<machine>.+?)\)?, (?P<threads>\d+) threads?, torch (?P<torch>\S+)$"
@@ -160,46 +156,46 @@ def read_runs():
     return runs
 
 
+def is_made_here(row):
+    """Tell whether a run was made on this kind of machine, with this torch."""
+    return (row["machine"], row["torch"]) == KIND
+
+
 def find_missing(experiments):
     """Return the runs to make, (experiment, seed), seed by seed; none if all are of one kind."""
-    kinds = {key: get_kind(run[-1]) for key, run in read_runs().items()}
+    runs = read_runs()
     wanted = [(job, seed) for seed in TEN for job in experiments if seed in job.seeds]
-    found = [kinds.get((job.table, job.step, job.name, seed)) for job, seed in wanted]
-    if None not in found and len(set(found)) == 1:
+    found = [runs.get((job.table, job.step, job.name, seed)) for job, seed in wanted]
+    kinds = {(run[-1]["machine"], run[-1]["torch"]) for run in found if run}
+    if None not in found and len(kinds) == 1:
         return []
-    return [run for run, kind in zip(wanted, found, strict=True) if kind != KIND]
+    return [pair for pair, run in zip(wanted, found, strict=True)
+            if not run or not is_made_here(run[-1])]
 
 
-def train(run):
-    """Train a run, (experiment, seed, data folder), and keep it; return whether it failed."""
-    (table, step, name, _, edits, flags), seed, data_dir = run
+def train(job, seed):
+    """Train a run; return its rows for the csv: none if its folder is kept, None if it failed."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
-    if table != "times":
+    if job.table != "times":
         environment["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory(dir=HERE, prefix=".tmp") as folder:
-        command = [sys.executable, make_copy(step, edits, folder).name, f"--seed={seed}",
-                   f"--data-dir={data_dir}", "--out=runs", "--device=cpu", *flags]
+        command = [sys.executable, make_copy(job.step, job.edits, folder).name, f"--seed={seed}",
+                   f"--data-dir={ROOT / 'data'}", "--out=runs", "--device=cpu", *job.flags]
         process = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, encoding="utf-8")
-        outcome = f"FAILED: {process.stderr[-500:]}" if process.returncode else "done"
-        print(f"{table}, step {step}, {name}, seed {seed}: {outcome}", flush=True)
         if process.returncode:
-            return True
+            print(process.stderr[-500:])
+            return None
         [made] = Path(folder, "runs").iterdir()
-        if table == "steps":
+        if job.table == "steps":
             (made / "checkpoint.pt").unlink()
             (made / "log.txt").write_text(process.stdout, encoding="utf-8")
             shutil.rmtree(HERE / made.name, ignore_errors=True)
             made.rename(HERE / made.name)
-            return False
-        first = {"table": table, "step": str(step), "variant": name, "seed": seed}
+            return []
+        first = {"table": job.table, "step": str(job.step), "variant": job.name, "seed": seed}
         told = LOG.search(process.stdout).groupdict()
-        new = [first | row | told for row in read_rows(made / "history.csv")]
-    with LOCK:  # rows of this table that another kind of machine made go
-        kept = [row for row in read_rows(CSV) if get_kind(row) == KIND
-                or (row["table"], row["step"]) != (table, str(step))]
-        write_rows(CSV, kept + new)
-    return False
+        return [first | row | told for row in read_rows(made / "history.csv")]
 
 
 def main(argv=None):
@@ -211,16 +207,23 @@ def main(argv=None):
     add("--steps", nargs="+", type=int, choices=SCRIPTS, default=[4, 3, 2], help="of these only")
     add("--seeds", nargs="+", type=int, default=TEN, help="of these only")
     add("--jobs", type=int, default=2, help="runs at a time, on one thread each (times: one run)")
-    add("--data-dir", type=os.path.abspath, default=ROOT / "data", help="holds MNIST/raw")
     args = parser.parse_args(argv)
-    failed = 0
+    status = 0
     for step, timed in itertools.product(args.steps, (False, True)):
         group = [job for job in EXPERIMENTS if job.step == step and (job.table == "times") == timed]
-        runs = [(job, seed, args.data_dir) for job, seed in find_missing(group)
+        runs = [(job, seed) for job, seed in find_missing(group)
                 if job.table in args.tables and seed in args.seeds]
         with ThreadPoolExecutor(1 if timed else args.jobs) as pool:
-            failed += sum(pool.map(train, runs))
-    return 1 if failed else 0
+            results = [pool.submit(train, job, seed) for job, seed in runs]
+            for (job, seed), result in zip(runs, results, strict=True):
+                rows = result.result()
+                print("FAILED" if rows is None else "done", *job[:3], seed, flush=True)
+                status = 1 if rows is None else status
+                if rows:  # those of this table that another kind of machine made go
+                    kept = [row for row in read_rows(CSV) if is_made_here(row)
+                            or (row["table"], row["step"]) != (job.table, str(step))]
+                    write_rows(CSV, kept + rows)
+    return status
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ TABLES = {  # heads of the columns
     "runs": ["run", "epochs", *START[1:], "best epoch", "last five", "under 99.40"],
     "steps": ["script", "lesson", "parameters", "course", *START, "best epoch",
               "training accuracy"],
-    "overfitting": ["step", *START, "training accuracy", "wrong training digits"],
     "ingredients": ["step", "run", *START, "more wrong digits", "last five", "test loss",
                     "first training loss", "logged train − test"],
     "plain": ["step", "run", *START, "more wrong digits"],
@@ -72,7 +71,6 @@ def describe(runs, reference):
         "logged train − test": join([float(run[-1]["train_accuracy"]) - accuracy
                                      for run, accuracy in zip(runs.values(), last, strict=True)]),
         "training accuracy": join(trained),
-        "wrong training digits": join([600 * (100 - accuracy) for accuracy in trained], 0),
         "seconds": join([sum(column(run, "seconds")) for run in runs.values()], 0),
     }
 
@@ -97,14 +95,12 @@ def runs_of(table, step, name="as it is"):
 
 
 def make_table(name, steps):
-    """Return a table of experiments, on what their runs were made, and their edits."""
-    sources = {"overfitting": ["steps"], "ingredients": ["steps", "ingredients"]}.get(name, [name])
+    """Return a table of experiments, and on what their runs were made."""
     lines = []
     made = set()
-    diffs = []
     references = {}  # the runs of the first line of each step
     for job in sorted(EXPERIMENTS, key=lambda job: job.step):
-        if job.step not in steps or job.table not in sources:
+        if job.step not in steps or job.table not in (name, "steps" * (name == "ingredients")):
             continue
         runs = runs_of(job.table, job.step, job.name)
         if name == "ingredients" and job.table == "steps":  # older runs have their own
@@ -116,13 +112,7 @@ def make_table(name, steps):
         lines.append(line | (describe(runs, first) if runs else {"runs": "not yet run"}))
         words = "- step {}: {machine}, torch {torch}, threads {threads}, {precision}, {compiled}"
         made |= {words.format(job.step, **run[-1]) for run in runs.values()}
-        if job.edits:
-            diffs += [f"\nStep {job.step}, {job.name}:\n\n```diff"]
-            for old, new in job.edits:
-                diffs += [f"-{line}" for line in old.splitlines()]
-                diffs += [f"+{line}" for line in new.splitlines()]
-            diffs += ["```"]
-    return "\n".join([to_table(name, lines), "", *sorted(made), *diffs])
+    return "\n".join([to_table(name, lines), "", *sorted(made)])
 
 
 def write_tables():
@@ -130,8 +120,9 @@ def write_tables():
     def make(found):
         name, *steps = found[1].split()
         if name == "runs":
-            table = tell({HERE / f"{SCRIPTS[step]}-seed{seed}": run
-                          for step in SCRIPTS for seed, run in runs_of("steps", step).items()})
+            table = "\n\n".join(
+                tell({HERE / f"{SCRIPTS[step]}-seed{seed}": run
+                      for seed, run in runs_of("steps", step).items()}) for step in SCRIPTS)
         else:
             table = make_table(name, list(map(int, steps)) or SCRIPTS)
         return f"<!-- table: {found[1]} -->\n\n{table}\n\n<!-- end -->"
@@ -163,21 +154,18 @@ def read_folders(paths):
 
 
 def tell(runs):
-    """Return a table of runs by folder; those of one script and as many epochs belong together."""
-    groups = {}
-    for path, run in runs.items():
-        script = path.resolve().name.partition("-seed")[0]
-        groups.setdefault((script, run[-1].get("planned", len(run))), {})[path] = run
+    """Return a table of runs by folder, each by itself, and of all that are finished together."""
     lines = []
-    for (script, epochs), group in groups.items():
-        for path, run in group.items():
-            name = f"[{path.name}]({path.name}/log.txt)" if path.parent == HERE else str(path)
-            done = f"{len(run)} of {epochs}, unfinished" if len(run) < epochs else str(epochs)
-            lines.append({"run": name, "epochs": done, **describe({path: run}, {})})
-        finished = {path: run for path, run in group.items() if len(run) == epochs}
-        if len(finished) > 1:
-            name = f"**{script}: {len(finished)} runs**"
-            lines.append({"run": name, "epochs": str(epochs), **describe(finished, {})})
+    finished = {}
+    for path, run in runs.items():
+        epochs = run[-1].get("planned", len(run))
+        if len(run) == epochs:
+            finished[path] = run
+        name = f"[{path.name}]({path.name}/log.txt)" if path.parent == HERE else str(path)
+        done = f"{len(run)}{f' of {epochs}, unfinished' if path not in finished else ''}"
+        lines.append({"run": name, "epochs": done, **describe({path: run}, {})})
+    if len(finished) > 1:
+        lines.append({"run": f"**{len(finished)} runs**", **describe(finished, {})})
     return to_table("runs", lines)
 
 
