@@ -261,16 +261,7 @@ def test_seconds_are_those_of_an_epoch_with_its_test(tmp_path):
     STEP2.main(flags(data, tmp_path))
     rows = (tmp_path / RUN2 / "history.csv").read_text().splitlines()[1:]
     seconds = sum(float(row.split(",")[-1]) for row in rows)
-    assert seconds < time.perf_counter() - start_of_all < 2 * seconds
-
-
-def test_no_temporary_folder(small, tmp_path, monkeypatch):
-    """The compiler may want one; then training is done without the compiler."""
-    monkeypatch.setattr(tempfile, "tempdir", str(Path(__file__, "below")))
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    args = flags(small, tmp_path, "--batch-size", 16)
-    STEP2.main([arg for arg in args if arg != "--plain"])
-    assert len(read_all(tmp_path)) == 3
+    assert seconds < time.perf_counter() - start_of_all < 3 * seconds
 
 
 def test_full_disk_and_head(small, finished, tmp_path):
