@@ -1,19 +1,26 @@
-"""Step 4: augmentation, and a learning rate that rises, then falls to almost nothing.
+"""Step 4: augmentation, and a learning rate that is high first and almost nothing last.
 
 Tried
-    Augmentation: each time an image is used it is turned, slanted, scaled and shifted a little,
-    at random (results/augmentation.png), so the network sees new digits every epoch.
-    A one-cycle schedule: the learning rate rises to 0.1 (warm-up), then falls along a cosine.
-    The network is step 3's, with two changes from the course: dropout 0.03, and a second 1x1.
+    Augmentation: each time an image is used it is turned, slanted, scaled and shifted a little, at
+    random (results/augmentation.png), so the network never sees the same image twice.
+    A one-cycle schedule: the learning rate rises to 0.1, ten times that of step 3, while the
+    weights are fresh (warm-up), then falls along a cosine to almost 0.
+    From the course's network: less dropout and a second 1x1 convolution. With no ReLU between
+    them, two 1x1 compute nothing that one could not.
 
-Came out (10 runs of 15 epochs)
-    9,538 weights. XX
+Came out (RUNS runs of 15 epochs)
+    9,538 weights, and WRONG of 10,000 test digits wrong, in step 3 76. Test accuracy is LAST %, at
+    best BEST %. (Course: 99.52 %.)
 
 Why
-    XX
+    A high rate learns fast and jolts the weights. At a constant 0.1, 97 digits are wrong in the
+    end, not 47, and after each epoch another number. Letting the rate fall collects the gain. (So
+    does an average of the weights; on top of the schedule it saves 2 digits, perhaps by chance.)
+    Augmentation makes training harder than testing: the log's training accuracy is 0.3 points
+    below test accuracy, in step 1 0.7 above. How many digits it saves we have not measured yet.
 
 Left open
-    Your own idea: copy this file and change it. README.md says how, under "Exercises".
+    Your own idea: copy this file and change it. README.md says how, under "Your own copy".
 """
 
 import torch
@@ -27,9 +34,9 @@ from common import (
 EPOCHS = 15
 BATCH_SIZE = 128  # 469 batches an epoch
 LEARNING_RATE = 0.1  # the peak of the schedule, ten times the rate of step 3
-WARM_UP = 0.15  # part of the run in which the rate rises to the peak: no jump into fresh weights
+WARM_UP = 0.15  # share of the run in which the rate rises to the peak
 MOMENTUM = 0.9  # an update adds up past gradients; one from ten batches ago still counts 0.35
-WEIGHT_DECAY = 5e-4  # pulls every weight a little towards 0, against a high rate's large weights
+WEIGHT_DECAY = 5e-4  # each update also pulls the weights towards 0; usual with a high rate
 DROPOUT = 0.03  # probability that a channel is set to zero in training; as in the course
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
 
@@ -91,7 +98,7 @@ def main(argv=None):
         load_weights(model, args.evaluate)
         return test(model, test_loader)
     optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM,
-                          nesterov=True, weight_decay=WEIGHT_DECAY)
+                          nesterov=True, weight_decay=WEIGHT_DECAY)  # Nesterov: gradient a step ahead
     scheduler = OneCycleLR(optimizer, LEARNING_RATE, args.epochs * len(train_loader),
                            pct_start=WARM_UP, cycle_momentum=False)  # momentum stays at 0.9
     fast = speed_up(model, args, train_loader)  # trains the same weights, in less time
