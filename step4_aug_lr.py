@@ -98,7 +98,7 @@ def main(argv=None):
         load_weights(model, args.evaluate)
         return test(model, test_loader)
     optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM,
-                          nesterov=True, weight_decay=WEIGHT_DECAY)  # Nesterov: gradient a step ahead
+                          nesterov=True, weight_decay=WEIGHT_DECAY)  # gradient a step ahead
     scheduler = OneCycleLR(optimizer, LEARNING_RATE, args.epochs * len(train_loader),
                            pct_start=WARM_UP, cycle_momentum=False)  # momentum stays at 0.9
     fast = speed_up(model, args, train_loader)  # trains the same weights, in less time
