@@ -8,9 +8,9 @@ Tried
     From the course's network: less dropout and a second 1x1 convolution. With no ReLU between
     them, two 1x1 compute nothing that one could not.
 
-Came out (RUNS runs of 15 epochs)
-    9,538 weights, and WRONG of 10,000 test digits wrong, in step 3 76. Test accuracy is LAST %, at
-    best BEST %. (Course: 99.52 %.)
+Came out (3 runs of 15 epochs)
+    9,538 weights, and 45 of 10,000 test digits wrong after the last epoch, in step 3 76. Test
+    accuracy is 99.55 %, in the best epoch of a run 99.64 %. (Course: 99.52 %.)
 
 Why
     A high rate learns fast and jolts the weights. At a constant 0.1, 97 digits are wrong in the

@@ -13,10 +13,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = {"step1": "step1_setup", "step2": "step2_skeleton",
-         "step3": "step3_bn_gap", "step4": "step4_aug_lr"}
-SCRIPTS = {step: ROOT / f"{name}.py" for step, name in NAMES.items()}
-STEPS = {step: importlib.import_module(name) for step, name in NAMES.items()}
+NAMES = ["step1_setup", "step2_skeleton", "step3_bn_gap", "step4_aug_lr"]
+SCRIPTS = {name[:5]: ROOT / f"{name}.py" for name in NAMES}
+STEPS = {name[:5]: importlib.import_module(name) for name in NAMES}
 torch.set_num_threads(1)  # faster than two on networks and batches this small
 os.environ["OMP_NUM_THREADS"] = "1"  # in processes that tests start
 for variable in ("FORCE_COLOR", "MAKELEVEL", "MAKEFLAGS", "MFLAGS"):  # as if started by hand
@@ -30,7 +29,7 @@ def write_idx(path, items):
     path.write_bytes(header + items.numpy().tobytes())
 
 
-def write_data(folder, train=300, test=100):
+def write_data(folder, train, test):
     """Write a set in which each class is a bright square in a place of its own; return folder."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
@@ -47,14 +46,14 @@ def write_data(folder, train=300, test=100):
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    """A folder with 300 training and 100 test images; do not change it."""
-    return write_data(tmp_path_factory.mktemp("data"))
+def small(tmp_path_factory):
+    """A folder with 24 training and 12 test images; do not change it."""
+    return write_data(tmp_path_factory.mktemp("small"), 24, 12)
 
 
 def flags(data_dir, out, *more):
-    """Return the command line of three short plain epochs; of two equal flags the later counts."""
-    args = ["--data-dir", data_dir, "--out", out, "--epochs", 3, "--device", "cpu", "--plain"]
+    """Return the flags of three short epochs, --plain first; of two equal ones the later counts."""
+    args = ["--plain", "--data-dir", data_dir, "--out", out, "--epochs", 3, "--device", "cpu"]
     return [str(arg) for arg in (*args, *more)]
 
 

@@ -10,14 +10,10 @@ import common
 
 
 def measure_amounts(transform, count, batches=1):
-    """Return what a transform does to the images of batches: float64 5×batches×count.
-
-    The rows are angle and shear in degrees, factor, shift to the right and down in pixels. Two
-    images hold the column and the row of each pixel, so their results tell where it comes from.
-    """
+    """Return angle, shear (degrees), factor, shift right, down (pixels): 5×batches×count."""
     row, column = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
     origins = []
-    for image in (column, row):
+    for image in (column, row):  # the results tell where a pixel comes from
         torch.manual_seed(0)
         results = [transform(image.repeat(count, 1, 1, 1)) for _ in range(batches)]
         origins.append(torch.cat(results)[:, 0].double() - 13.5)  # from the centre
