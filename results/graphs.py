@@ -14,6 +14,7 @@ from statistics import fmean
 import torch
 from experiments import HERE, ROOT, SCRIPTS
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
 from report import STEPS, column, read_folders, runs_of
 from torchvision.datasets import MNIST
 
@@ -42,8 +43,9 @@ def draw_curves(groups, tested="test"):
         axis.xaxis.get_major_locator().set_params(integer=True)
         if name != "learning_rate":
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
             axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("{x:g}")
+            axis.minorticks_off()
     axes[1, 2].axis("off")
     axes[1, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="center",
                       title="each line is a run")
