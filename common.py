@@ -273,8 +273,7 @@ def fill_with_mnist(data_dir):
 def show_summary(model):
     """Print the layers of `model`, their output shapes and parameters."""
     images = torch.zeros(1, 1, 28, 28, device=next(model.parameters()).device)
-    columns = "output_size", "num_params"
-    summary = torchinfo.summary(model, input_data=images, col_names=columns, verbose=0)
+    summary = torchinfo.summary(model, input_data=images, verbose=0)
     print(str(summary).replace("(Units.MEGABYTES)", "(M)"))  # from Python 3.11: torchinfo #350
 
 
@@ -300,7 +299,8 @@ class FastModel(torch.nn.Module):
     def __init__(self, model, batch_size, bf16, compiled):
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last) if bf16 else model
-        self.for_full_batches = torch.compile(model, dynamic=False) if compiled else model
+        options = {"reorder_for_peak_memory": False}  # dropout draws in the order of --plain
+        self.for_full_batches = torch.compile(model, options=options) if compiled else model
         self.batch_size, self.bf16 = batch_size, bf16
 
     def forward(self, images):
