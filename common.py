@@ -1,4 +1,4 @@
-"""What all steps share: batches, augmentation, the training loop and the test loop.
+"""What all steps share: batches, the training loop, the test loop, and augmentation.
 
 Below the dashed line comes what surrounds them, and can be skipped: flags, data, speed, saving.
 """
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 
 class Loader:
-    """Cuts images (uint8 Nx1x28x28) and labels (int64 N) into batches; transforms whole batches."""
+    """Cuts images (uint8 Nx1x28x28), on the device, and labels (int64 N) into batches."""
     def __init__(self, name, images, labels, transform, batch_size, shuffle=False):
         self.name = name  # as printed lines call it: "Test", say
         self.images, self.labels = images, labels
@@ -36,37 +36,9 @@ class Loader:
 
     def __iter__(self):
         order = torch.randperm(len(self.images)) if self.shuffle else torch.arange(len(self.images))
-        # Whole batches: one image at a time, as in torch's DataLoader, takes longer than training.
+        # Transforms a whole batch: image by image, as in a DataLoader, takes longer than training.
         for chosen in order.to(self.images.device).split(self.batch_size):
             yield self.transform(self.images[chosen]), self.labels[chosen]
-
-
-class RandomAffine:
-    """Moves each image by its own random amounts (torchvision's moves all of a batch alike).
-
-    `degrees`, `shear`: the largest angle, either way; `scale`: (lowest, highest) factor;
-    `translate`: the largest shift, as a fraction of the side. Sampling: Jaderberg et al., 2015.
-    """
-    def __init__(self, degrees, shear, scale, translate):
-        self.degrees, self.shear, self.scale, self.translate = degrees, shear, scale, translate
-
-    def __call__(self, images):
-        """Take and return float32 Bx1xHxH; 0 (black) where an image does not reach."""
-        angle, shear, zoom, right, down = 2 * torch.rand(5, len(images), device=images.device) - 1
-        angle = torch.deg2rad(angle * self.degrees)  # clockwise
-        slope = torch.deg2rad(shear * self.shear).tan()
-        lowest, highest = self.scale
-        scale = (lowest + highest) / 2 + zoom * (highest - lowest) / 2
-        cos, sin = angle.cos() / scale, angle.sin() / scale
-        one, zero = torch.ones_like(slope), torch.zeros_like(slope)
-        # grid_sample asks for each output pixel where it comes from, so every step is undone.
-        undo_rotation_and_scale = torch.stack((cos, sin, -sin, cos), dim=1).view(-1, 2, 2)
-        undo_shear = torch.stack((one, slope, zero, one), dim=1).view(-1, 2, 2)
-        matrix = undo_shear @ undo_rotation_and_scale  # Bx2x2
-        shift = 2 * self.translate * torch.stack((right, down), dim=1)  # here a side is 2 long
-        offset = -matrix @ shift.unsqueeze(2)  # Bx2x1
-        grid = F.affine_grid(torch.cat((matrix, offset), dim=2), images.shape, align_corners=False)
-        return F.grid_sample(images, grid, align_corners=False)
 
 
 def train(model, loader, optimizer, scheduler=None):
@@ -110,7 +82,35 @@ def test(model, loader):
     return loss, accuracy
 
 
-# ---------------------------------------------- that was the training; the rest surrounds it
+class RandomAffine:
+    """Moves each image by random amounts of its own (torchvision's: the same for a whole batch).
+
+    `degrees`, `shear`: the largest angle, either way; `scale`: (lowest, highest) factor;
+    `translate`: the largest shift, as a fraction of the side. Sampling: Jaderberg et al., 2015.
+    """
+    def __init__(self, degrees, shear, scale, translate):
+        self.degrees, self.shear, self.scale, self.translate = degrees, shear, scale, translate
+
+    def __call__(self, images):
+        """Take and return float32 Bx1xHxH; 0 (black) where an image does not reach."""
+        angle, shear, zoom, right, down = 2 * torch.rand(5, len(images), device=images.device) - 1
+        angle = torch.deg2rad(angle * self.degrees)  # clockwise
+        slope = torch.deg2rad(shear * self.shear).tan()
+        lowest, highest = self.scale
+        scale = (lowest + highest) / 2 + zoom * (highest - lowest) / 2
+        cos, sin = angle.cos() / scale, angle.sin() / scale
+        one, zero = torch.ones_like(slope), torch.zeros_like(slope)
+        # grid_sample asks for each output pixel where it comes from, so every step is undone.
+        undo_rotation_and_scale = torch.stack((cos, sin, -sin, cos), dim=1).view(-1, 2, 2)
+        undo_shear = torch.stack((one, slope, zero, one), dim=1).view(-1, 2, 2)
+        matrix = undo_shear @ undo_rotation_and_scale  # Bx2x2
+        shift = 2 * self.translate * torch.stack((right, down), dim=1)  # from -1 to 1
+        offset = -matrix @ shift.unsqueeze(2)  # Bx2x1
+        grid = F.affine_grid(torch.cat((matrix, offset), dim=2), images.shape, align_corners=False)
+        return F.grid_sample(images, grid, align_corners=False)
+
+
+# ---------------------------------------------- that was the training; below is what surrounds it
 HERE = Path(__file__).resolve().parent
 CPU = getattr(torch.cpu, "get_capabilities", dict)()  # {} where torch is too old to tell
 MNIST_SHA256 = "5f617ad9c21210b06a84523faa989821d0a8990220a212a11ee8fb720bfd5317"

@@ -39,7 +39,7 @@ LEARNING_RATE = 0.1  # the peak of the schedule, ten times the rate of step 3
 WARM_UP = 0.15  # share of the run in which the rate rises to the peak
 MOMENTUM = 0.9  # an update adds up past gradients; one from ten batches ago still counts 0.35
 WEIGHT_DECAY = 5e-4  # each update also pulls the weights towards 0; usual with a high rate
-DROPOUT = 0.03  # probability that a channel is set to zero in training; as in the course
+DROPOUT = 0.03  # probability that a channel is set to zero in training; the course's value
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
 
 train_transform = v2.Compose([
@@ -58,7 +58,7 @@ def block(in_channels, out_channels):
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, bias=False),
         nn.ReLU(),
-        nn.BatchNorm2d(out_channels),
+        nn.BatchNorm2d(out_channels),  # after ReLU, as in the course; its paper puts it before
         nn.Dropout2d(DROPOUT),
     )
 
@@ -100,9 +100,9 @@ def main(argv=None):
         load_weights(model, args.evaluate)
         return test(model, test_loader)
     optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM,
-                          nesterov=True, weight_decay=WEIGHT_DECAY)  # gradient a step ahead
+                          nesterov=True, weight_decay=WEIGHT_DECAY)
     scheduler = OneCycleLR(optimizer, LEARNING_RATE, args.epochs * len(train_loader),
-                           pct_start=WARM_UP, cycle_momentum=False)  # momentum stays at 0.9
+                           pct_start=WARM_UP, cycle_momentum=False)  # from LEARNING_RATE / 25
     fast = speed_up(model, args, train_loader)  # trains the same weights, in less time
     run = Run(__file__, args, model, optimizer, scheduler)  # with --resume: back to the last epoch
     for epoch in range(run.next_epoch, args.epochs):
