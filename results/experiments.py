@@ -1,7 +1,5 @@
 """Train the runs behind the tables of results/README.md.
 
-    python results/experiments.py [--tables steps ingredients] [--steps 4] [--seeds 1 2] [--jobs 2]
-
 An experiment is a step with edits: in a copy of its file, a new text takes the place of an old
 one, as if you had typed it. The copy runs as a script, and its history goes into experiments.csv;
 a step as it is keeps the folder of its run, in results/. What is there already is skipped. But a
@@ -17,11 +15,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -29,53 +25,22 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
 CSV = HERE / "experiments.csv"
-KIND = (common.CPU.get("cpu_name", "unknown CPU"), str(torch.__version__))  # of this machine
+KIND = (common.CPU.get("cpu_name", "unknown CPU"), str(common.torch.__version__))
 SCRIPTS = {1: "step1_setup", 2: "step2_skeleton", 3: "step3_bn_gap", 4: "step4_aug_lr"}
 LOG = re.compile(  # what the first lines of a run tell
     r"^Device: cpu\W+(?P<machine>.+?)\)?, (?P<threads>\d+) threads?, torch (?P<torch>\S+)$"
     r".*?^Settings: .*?(?P<precision>fp32|bf16), (?P<compiled>(not )?compiled)", re.M | re.S)
 
-# ------------------------------------------------------------ edits: (old text, new text)
-
-HE_INITIALIZATION = ("    model = Net().to(args.device)", """\
-    model = Net().to(args.device)
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")""")
-NO_BATCH_NORMALIZATION = ("        nn.BatchNorm2d(out_channels),", "")
-NO_GAP = (
-    ("            nn.AvgPool2d(6),", "            nn.Conv2d(20, 10, 6, bias=False),"),
-    ("            nn.Conv2d(20, 10, 1, bias=False),  # 1x1x10", "            # 1x1x10"),
-)
-NO_AUGMENTATION = ("    RandomAffine(degrees=8, shear=4, scale=(0.93, 1.07), translate=0.06),", "")
-SCHEDULER = """\
-    scheduler = OneCycleLR(optimizer, LEARNING_RATE, args.epochs * len(train_loader),
+SCHEDULER = """OneCycleLR(optimizer, LEARNING_RATE, args.epochs * len(train_loader),
                            pct_start=WARM_UP, cycle_momentum=False)"""
-NO_SCHEDULE = (SCHEDULER, "    scheduler = None")
-STEP_SCHEDULE = (SCHEDULER, """\
-    scheduler = optim.lr_scheduler.StepLR(optimizer, 8 * len(train_loader), 0.1)""")
+NO_SCHEDULE = (SCHEDULER, "None")  # an edit: old text, new text
 LOW_RATE = ("LEARNING_RATE = 0.1", "LEARNING_RATE = 0.01")
-PLAIN_MOMENTUM = ("""\
-    optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM,
-                          nesterov=True, weight_decay=WEIGHT_DECAY)""", """\
-    optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)""")
-ONE_1X1 = (
-    ("            nn.Conv2d(20, 22, 1, bias=False),", ""),
-    ("            nn.Conv2d(22, 10, 1,", "            nn.Conv2d(20, 10, 1,"),
-)
-AVERAGE = (  # over about the last tenth of the batches so far; tested and saved as the network
-    ("    run = Run(__file__, args, model, optimizer, scheduler)", """\
-    average = optim.swa_utils.AveragedModel(
-        model, avg_fn=lambda old, new, batches: old + (new - old) / (1 + batches / 10),
-        use_buffers=True)
-    optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
-    run = Run(__file__, args, average.module, optimizer, scheduler)"""),
-    ("        test_loss, test_accuracy = test(model, test_loader)",
-     "        test_loss, test_accuracy = test(average, test_loader)"),
-)
+PLAIN_MOMENTUM = ("""momentum=MOMENTUM,
+                          nesterov=True, weight_decay=WEIGHT_DECAY)""", "momentum=MOMENTUM)")
 SINGLE_VALUES = ("nn.Dropout2d(DROPOUT)", "nn.Dropout(DROPOUT)")
-COURSE_RECIPE = (
-    LOW_RATE, STEP_SCHEDULE, PLAIN_MOMENTUM, SINGLE_VALUES,
+COURSE_RECIPE = [
+    LOW_RATE, PLAIN_MOMENTUM, SINGLE_VALUES,
+    (SCHEDULER, "optim.lr_scheduler.StepLR(optimizer, 8 * len(train_loader), 0.1)"),
     ("    train_loader, test_loader = get_loaders(args, train_transform, test_transform)", """\
     transform = v2.Compose([
         v2.ToPILImage(), v2.ColorJitter(0.4),
@@ -84,34 +49,49 @@ COURSE_RECIPE = (
     ])
     train_loader, test_loader = get_loaders(
         args, lambda images: torch.stack(list(map(transform, images))), test_transform)"""),
-)
+]
 
 # Table "steps": the steps as they are; "times": alone on the machine, on all cores.
 Experiment = namedtuple("Experiment", "table step name seeds edits flags", defaults=[(), ()])
 THREE, FIVE, TEN = range(1, 4), range(1, 6), range(1, 11)  # seeds
-EXPERIMENTS = [
-    Experiment("steps", 4, "as it is", TEN),
-    Experiment("ingredients", 4, "no augmentation", TEN, (NO_AUGMENTATION,)),
-    Experiment("ingredients", 4, "constant 0.01", FIVE, (LOW_RATE, NO_SCHEDULE)),
-    Experiment("ingredients", 4, "constant 0.1", FIVE, (NO_SCHEDULE,)),
-    Experiment("ingredients", 4, "plain momentum: no Nesterov, no weight decay", FIVE,
-               (PLAIN_MOMENTUM,)),
-    Experiment("ingredients", 4, "dropout 0.1", FIVE, (("DROPOUT = 0.03", "DROPOUT = 0.1"),)),
-    Experiment("ingredients", 4, "one 1x1, 20 to 10", FIVE, ONE_1X1),
-    Experiment("ingredients", 4, "average of the weights", FIVE, AVERAGE),
-    Experiment("steps", 3, "as it is", FIVE),
-    Experiment("ingredients", 3, "no batch normalization", FIVE, (NO_BATCH_NORMALIZATION,)),
-    Experiment("ingredients", 3, "no dropout", FIVE, (("DROPOUT = 0.1", "DROPOUT = 0.0"),)),
-    Experiment("ingredients", 3, "6x6 convolution in place of GAP and 1x1", FIVE, NO_GAP),
-    Experiment("steps", 2, "as it is", FIVE),
-    Experiment("ingredients", 2, "He initialization", FIVE, (HE_INITIALIZATION,)),
-    Experiment("steps", 1, "as it is", range(1, 3)),  # hours: only with --steps 1
-    *(Experiment("plain", step, name, THREE, (), ("--validate", *flags))
-      for step in (4, 3) for name, flags in (("defaults", []), ("--plain", ["--plain"]))),
-    *(Experiment("times", 4, f"{epochs} epochs", THREE, (), (f"--epochs={epochs}",))
-      for epochs in (3, 5, 8, 15)),
-    Experiment("times", 4, "the course's recipe", range(1, 2), COURSE_RECIPE, ("--plain",)),
-]
+EXPERIMENTS = [Experiment(*fields) for fields in (
+    ("steps", 1, "as it is", range(1, 3)),  # hours: only with --steps 1
+    ("steps", 2, "as it is", FIVE),
+    ("ingredients", 2, "He initialization", FIVE, [("    model = Net().to(args.device)", """\
+    model = Net().to(args.device)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")""")]),
+    ("steps", 3, "as it is", FIVE),
+    ("ingredients", 3, "no batch normalization", FIVE, [
+        ("        nn.BatchNorm2d(out_channels),", "")]),
+    ("ingredients", 3, "no dropout", FIVE, [("DROPOUT = 0.1", "DROPOUT = 0.0")]),
+    ("ingredients", 3, "6x6 convolution in place of GAP and 1x1", FIVE, [
+        ("            nn.AvgPool2d(6),", "            nn.Conv2d(20, 10, 6, bias=False),"),
+        ("            nn.Conv2d(20, 10, 1, bias=False),  # 1x1x10", "            # 1x1x10")]),
+    ("steps", 4, "as it is", TEN),
+    ("ingredients", 4, "no augmentation", TEN, [
+        ("    RandomAffine(degrees=8, shear=4, scale=(0.93, 1.07), translate=0.06),", "")]),
+    ("ingredients", 4, "constant 0.01", FIVE, [LOW_RATE, NO_SCHEDULE]),
+    ("ingredients", 4, "constant 0.1", FIVE, [NO_SCHEDULE]),
+    ("ingredients", 4, "plain momentum: no Nesterov, no weight decay", FIVE, [PLAIN_MOMENTUM]),
+    ("ingredients", 4, "dropout 0.1", FIVE, [("DROPOUT = 0.03", "DROPOUT = 0.1")]),
+    ("ingredients", 4, "one 1x1, 20 to 10", FIVE, [
+        ("            nn.Conv2d(20, 22, 1, bias=False),", ""),
+        ("            nn.Conv2d(22, 10, 1,", "            nn.Conv2d(20, 10, 1,")]),
+    ("ingredients", 4, "average of the weights", FIVE, [  # over about the last tenth of the batches
+        ("    run = Run(__file__, args, model, optimizer, scheduler)", """\
+    average = optim.swa_utils.AveragedModel(
+        model, avg_fn=lambda old, new, batches: old + (new - old) / (1 + batches / 10),
+        use_buffers=True)
+    optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
+    run = Run(__file__, args, average.module, optimizer, scheduler)"""),
+        ("accuracy = test(model, test_loader)", "accuracy = test(average, test_loader)")]),
+    *(("plain", step, name, THREE, [], ["--validate", *flags])
+      for step in (3, 4) for name, flags in (("defaults", []), ("--plain", ["--plain"]))),
+    *(("times", 4, f"{count} epochs", THREE, [], [f"--epochs={count}"]) for count in (3, 5, 8, 15)),
+    ("times", 4, "the course's recipe", range(1, 2), COURSE_RECIPE, ["--plain"]),
+)]
 
 
 def make_copy(step, edits, folder):
@@ -142,52 +122,40 @@ def write_rows(path, rows):
 
 
 def read_runs():
-    """Return all runs kept here, as lists of rows by (table, step, name, seed)."""
-    runs = {}
+    """Return the runs kept here, lists of rows, by (table, step, name) and then by seed."""
+    runs = defaultdict(lambda: defaultdict(list))
     for row in read_rows(CSV):
-        key = (row["table"], int(row["step"]), row["variant"], int(row["seed"]))
-        runs.setdefault(key, []).append(row)
+        runs[row["table"], int(row["step"]), row["variant"]][int(row["seed"])].append(row)
     for step, seed in itertools.product(SCRIPTS, TEN):
         log = HERE / f"{SCRIPTS[step]}-seed{seed}" / "log.txt"
         if log.exists():
             told = LOG.search(log.read_text(encoding="utf-8")).groupdict()
             rows = read_rows(log.with_name("history.csv"))
-            runs["steps", step, "as it is", seed] = [row | told for row in rows]
+            runs["steps", step, "as it is"][seed] = [row | told for row in rows]
     return runs
 
 
-def is_made_here(row):
-    """Tell whether a run was made on this kind of machine, with this torch."""
-    return (row["machine"], row["torch"]) == KIND
+def find_kind(run):
+    """Return the CPU and the torch that made a run; None if it is empty."""
+    return (run[-1]["machine"], run[-1]["torch"]) if run else None
 
 
-def find_missing(experiments):
-    """Return the runs to make, (experiment, seed), seed by seed; none if all are of one kind."""
-    runs = read_runs()
-    wanted = [(job, seed) for seed in TEN for job in experiments if seed in job.seeds]
-    found = [runs.get((job.table, job.step, job.name, seed)) for job, seed in wanted]
-    kinds = {(run[-1]["machine"], run[-1]["torch"]) for run in found if run}
-    if None not in found and len(kinds) == 1:
-        return []
-    return [pair for pair, run in zip(wanted, found, strict=True)
-            if not run or not is_made_here(run[-1])]
-
-
-def train(job, seed):
-    """Train a run; return its rows for the csv: none if its folder is kept, None if it failed."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
-    if job.table != "times":
-        environment["OMP_NUM_THREADS"] = "1"
+def train(run):
+    """Train a run, (experiment, seed); return its rows for the csv, None if it failed."""
+    job, seed = run
+    threads = {} if job.table == "times" else {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"} | threads
     with tempfile.TemporaryDirectory(dir=HERE, prefix=".tmp") as folder:
         command = [sys.executable, make_copy(job.step, job.edits, folder).name, f"--seed={seed}",
                    f"--data-dir={ROOT / 'data'}", "--out=runs", "--device=cpu", *job.flags]
         process = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, encoding="utf-8")
         if process.returncode:
-            print(process.stderr[-500:])
+            print("FAILED", *job[:3], seed, process.stderr[-500:], flush=True)
             return None
+        print("done", *job[:3], seed, flush=True)
         [made] = Path(folder, "runs").iterdir()
-        if job.table == "steps":
+        if job.table == "steps":  # the folder is kept
             (made / "checkpoint.pt").unlink()
             (made / "log.txt").write_text(process.stdout, encoding="utf-8")
             shutil.rmtree(HERE / made.name, ignore_errors=True)
@@ -200,28 +168,28 @@ def train(job, seed):
 
 def main(argv=None):
     """Train what is missing of the chosen experiments; return 1 if a run failed, else 0."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     tables = ["steps", "ingredients", "plain", "times"]
-    add = parser.add_argument
-    add("--tables", nargs="+", choices=tables, default=tables, help="of these only")
-    add("--steps", nargs="+", type=int, choices=SCRIPTS, default=[4, 3, 2], help="of these only")
-    add("--seeds", nargs="+", type=int, default=TEN, help="of these only")
-    add("--jobs", type=int, default=2, help="runs at a time, on one thread each (times: one run)")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
+    parser.add_argument("--steps", nargs="+", type=int, choices=SCRIPTS, default=[4, 3, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=TEN)
     args = parser.parse_args(argv)
     status = 0
     for step, timed in itertools.product(args.steps, (False, True)):
-        group = [job for job in EXPERIMENTS if job.step == step and (job.table == "times") == timed]
-        runs = [(job, seed) for job, seed in find_missing(group)
-                if job.table in args.tables and seed in args.seeds]
-        with ThreadPoolExecutor(1 if timed else args.jobs) as pool:
-            results = [pool.submit(train, job, seed) for job, seed in runs]
-            for (job, seed), result in zip(runs, results, strict=True):
-                rows = result.result()
-                print("FAILED" if rows is None else "done", *job[:3], seed, flush=True)
+        found = read_runs()
+        jobs = [job for job in EXPERIMENTS if job.step == step and (job.table == "times") == timed]
+        runs = [(job, seed) for seed in TEN for job in jobs if seed in job.seeds]
+        kinds = [find_kind(found[job[:3]][seed]) for job, seed in runs]
+        if len(set(kinds)) == 1 and None not in kinds:
+            continue  # complete, and of one kind
+        missing = [(job, seed) for (job, seed), kind in zip(runs, kinds, strict=True)
+                   if kind != KIND and job.table in args.tables and seed in args.seeds]
+        with ThreadPoolExecutor(1 if timed else 2) as pool:
+            for rows in pool.map(train, missing):
                 status = 1 if rows is None else status
                 if rows:  # those of this table that another kind of machine made go
-                    kept = [row for row in read_rows(CSV) if is_made_here(row)
-                            or (row["table"], row["step"]) != (job.table, str(step))]
+                    kept = [row for row in read_rows(CSV) if find_kind([row]) == KIND
+                            or (row["table"], row["step"]) != (rows[0]["table"], str(step))]
                     write_rows(CSV, kept + rows)
     return status
 

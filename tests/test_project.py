@@ -47,7 +47,7 @@ def make(project, *args, **environment):
     return status, shown.splitlines(), errors
 
 
-def test_flags_targets_links_tables_and_python_of_the_pages(project, capsys):
+def test_flags_targets_links_figures_and_python_of_the_pages(project, capsys):
     with pytest.raises(SystemExit):
         STEPS["step4"].main(["--help"])
     known, told = (set(re.findall(r"--\w[\w-]+", text))
@@ -64,6 +64,10 @@ def test_flags_targets_links_tables_and_python_of_the_pages(project, capsys):
         (project / name).write_text(empty, "utf-8")
     assert call(sys.executable, project / "results" / "report.py")[0] == 0
     assert {name: (project / name).read_text("utf-8") for name in PAGES} == PAGES
+    for number, step in enumerate(STEPS.values(), 1):
+        runs = experiments.read_runs()["steps", number, "as it is"]
+        wrong = float(report.describe(runs)["wrong digits"].split()[0])
+        assert re.search(rf"\b{wrong:.0f}\b", step.__doc__)
     [block] = re.findall(r"(?s)```python\n(.*?)```", PAGES["README.md"])
     picture = Image.new("RGB", (300, 200), (190, 190, 190))
     ImageDraw.Draw(picture).line([(115, 40), (105, 160)], fill=(40, 40, 40), width=16)

@@ -86,10 +86,9 @@ def test_figures_and_a_line_a_minute_where_no_bar_moves(monkeypatch, capsys):
 @pytest.mark.parametrize("step", STEPS)
 def test_weights_shapes_and_receptive_fields_in_the_text(step):
     values, field, jump, found = torch.zeros(1, 1, 28, 28), 1, 1, []
-    network = STEPS[step].Net().eval()
-    count = f"{sum(weights.numel() for weights in network.parameters()):,}"
+    count = f"{sum(weights.numel() for weights in STEPS[step].Net().parameters()):,}"
     assert count in STEPS[step].__doc__ and count in (ROOT / "README.md").read_text("utf-8")
-    for line in network.layers:
+    for line in STEPS[step].Net().eval().layers:
         values = line(values)
         for layer in line.modules():
             field += (torch.tensor(getattr(layer, "kernel_size", 1)).max().item() - 1) * jump
