@@ -14,12 +14,13 @@ Came out (5 runs of 15 epochs)
 Why
     It overfits less: the final weights are 0.48 points better on training than on test digits (step
     1: 0.69). But even of the training digits it gets 497 of 60,000 wrong (step 1: 26).
-    It starts slowly, which surprised us. One run of five only guessed for three epochs (loss 2.303,
-    that is ln 10). PyTorch draws the first weights so small that each layer shrinks its values to
-    0.41 of their size; after eight layers a thousandth is left, and all digits look alike. He et
-    al. (2015) draw them larger: then the first epoch's loss is 0.31, not 1.55. In the end 115
-    digits are wrong with this, 129 without (on another machine); that may be chance. Step 1 starts
-    fast with small first weights; we do not know why.
+
+What surprised us
+    It starts slowly; one run of five only guessed for three epochs (loss 2.303, that is ln 10).
+    PyTorch draws the first weights so small that each layer shrinks its values to 0.41 of their
+    size; after eight layers a thousandth is left, and all digits look alike. He et al. (2015) draw
+    them larger: then the first epoch's loss is 0.31, not 1.55. In the end it hardly matters: 115
+    and 129 digits are wrong (on another machine), which may be chance.
 
 Left open
     Can so small a network become as good as the big one? Step 3 tries.
