@@ -60,7 +60,7 @@ def train(model, loader, optimizer, scheduler=None):
         total_loss += loss.detach() * len(images)
         correct += (output.argmax(dim=1) == labels).sum()
         seen += len(images)
-        if batch % 20 == 0 or batch == len(loader) - 1:  # seldom, because .item() waits for a GPU
+        if batch % 20 == 0 or batch == len(loader) - 1:  # not more: .item() waits for a GPU
             bar.show(batch, loss.item(), 100 * correct.item() / seen)
     bar.print_final()
     return total_loss.item() / seen, 100 * correct.item() / seen
@@ -83,7 +83,7 @@ def test(model, loader):
 
 
 class RandomAffine:
-    """Moves each image by random amounts of its own (torchvision's: the same for a whole batch).
+    """Moves each image by random amounts of its own (torchvision's moves a whole batch alike).
 
     `degrees`, `shear`: the largest angle, either way; `scale`: (lowest, highest) factor;
     `translate`: the largest shift, as a fraction of the side. Sampling: Jaderberg et al., 2015.

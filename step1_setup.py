@@ -29,7 +29,7 @@ from common import Run, get_loaders, load_weights, parse_args, show_summary, spe
 EPOCHS = 15
 BATCH_SIZE = 128  # 469 batches an epoch
 LEARNING_RATE = 0.01  # the same for every batch
-MOMENTUM = 0.9  # an update adds up past gradients; one from ten batches ago still counts 0.35
+MOMENTUM = 0.9  # an update adds up past gradients; one from ten batches ago counts 35 %
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
 
 train_transform = v2.Compose([
