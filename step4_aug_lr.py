@@ -19,7 +19,7 @@ Why: we changed one part at a time, five runs each (augmentation: ten)
     is 0.57 (0.74 in the warm-up). But the weights jump around: in the end 85 digits are wrong (at
     0.01: 64), and the number changes after every epoch. When the high rate falls, they settle: 46.
     Augmentation makes training harder than testing: in the log, training accuracy ends 0.34 points
-    below test accuracy (without it, 0.03 above). But it saves only 4 digits, perhaps by chance:
+    below test accuracy (without it, 0.01 above). But it saves only 3 digits, perhaps by chance:
     little overfitting was left to cure. The other changes save 6 or 7 digits each, hardly surer.
 
 Left open
