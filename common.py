@@ -104,7 +104,7 @@ class RandomAffine:
         undo_rotation_and_scale = torch.stack((cos, sin, -sin, cos), dim=1).view(-1, 2, 2)
         undo_shear = torch.stack((one, slope, zero, one), dim=1).view(-1, 2, 2)
         matrix = undo_shear @ undo_rotation_and_scale  # Bx2x2
-        shift = 2 * self.translate * torch.stack((right, down), dim=1)  # 2: from -1 to 1
+        shift = 2 * self.translate * torch.stack((right, down), dim=1)  # a side is 2: from -1 to 1
         offset = -matrix @ shift.unsqueeze(2)  # Bx2x1
         grid = F.affine_grid(torch.cat((matrix, offset), dim=2), images.shape, align_corners=False)
         return F.grid_sample(images, grid, align_corners=False)
