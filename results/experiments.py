@@ -37,6 +37,12 @@ NO_SCHEDULE = (SCHEDULER, "None")  # an edit: old text, new text
 LOW_RATE = ("LEARNING_RATE = 0.1", "LEARNING_RATE = 0.01")
 PLAIN_MOMENTUM = ("""momentum=MOMENTUM,
                           nesterov=True, weight_decay=WEIGHT_DECAY)""", "momentum=MOMENTUM)")
+NO_NORMALIZATION = ("        nn.BatchNorm2d(out_channels),", "")
+HE_INITIALIZATION = ("    model = Net().to(args.device)", """\
+    model = Net().to(args.device)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")""")
 SINGLE_VALUES = ("nn.Dropout2d(DROPOUT)", "nn.Dropout(DROPOUT)")
 COURSE_RECIPE = [
     LOW_RATE, PLAIN_MOMENTUM, SINGLE_VALUES,
@@ -57,14 +63,11 @@ THREE, FIVE, TEN = range(1, 4), range(1, 6), range(1, 11)  # seeds
 EXPERIMENTS = [Experiment(*fields) for fields in (
     ("steps", 1, "as it is", range(1, 3)),  # hours: only with --steps 1
     ("steps", 2, "as it is", FIVE),
-    ("ingredients", 2, "He initialization", FIVE, [("    model = Net().to(args.device)", """\
-    model = Net().to(args.device)
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")""")]),
+    ("ingredients", 2, "He initialization", FIVE, [HE_INITIALIZATION]),
     ("steps", 3, "as it is", FIVE),
-    ("ingredients", 3, "no batch normalization", FIVE, [
-        ("        nn.BatchNorm2d(out_channels),", "")]),
+    ("ingredients", 3, "no batch normalization", FIVE, [NO_NORMALIZATION]),
+    ("ingredients", 3, "He initialization, no batch normalization", FIVE, [
+        HE_INITIALIZATION, NO_NORMALIZATION]),
     ("ingredients", 3, "no dropout", FIVE, [("DROPOUT = 0.1", "DROPOUT = 0.0")]),
     ("ingredients", 3, "6x6 convolution in place of GAP and 1x1", FIVE, [
         ("            nn.AvgPool2d(6),", "            nn.Conv2d(20, 10, 6, bias=False),"),
@@ -175,16 +178,17 @@ def main(argv=None):
     parser.add_argument("--seeds", nargs="+", type=int, default=TEN)
     args = parser.parse_args(argv)
     status = 0
-    for step, timed in itertools.product(args.steps, (False, True)):
+    groups = [["steps", "ingredients"], ["plain"], ["times"]]  # compared: of one kind of machine
+    for step, group in itertools.product(args.steps, groups):
         found = read_runs()
-        jobs = [job for job in EXPERIMENTS if job.step == step and (job.table == "times") == timed]
+        jobs = [job for job in EXPERIMENTS if job.step == step and job.table in group]
         runs = [(job, seed) for seed in TEN for job in jobs if seed in job.seeds]
         kinds = [find_kind(found[job[:3]][seed]) for job, seed in runs]
         if len(set(kinds)) == 1 and None not in kinds:
             continue  # complete, and of one kind
         missing = [(job, seed) for (job, seed), kind in zip(runs, kinds, strict=True)
                    if kind != KIND and job.table in args.tables and seed in args.seeds]
-        with ThreadPoolExecutor(1 if timed else 2) as pool:
+        with ThreadPoolExecutor(1 if "times" in group else 2) as pool:
             for rows in pool.map(train, missing):
                 status = 1 if rows is None else status
                 if rows:  # those of this table that another kind of machine made go
