@@ -222,7 +222,7 @@ def get_loaders(args, train_transform, test_transform):
     print(f"Data: {counts} images, {'' if hash_files(raw) == MNIST_SHA256 else 'not '}MNIST")
     if images.float().mean() > 127.5:
         print("Their mean pixel is above 0.5. MNIST is white on black: are these inverted?")
-    return loaders[-2:]
+    return loaders[-2:]  # (training, test), or (None, test)
 
 
 def read_split(raw, split):

@@ -10,9 +10,9 @@ Came out (2 runs of 15 epochs; an epoch is one pass over the 60,000 training ima
     "CodingDrillDown", source of the four networks, reports 99.26 %: the best epoch of one run.)
 
 Why
-    The network overfits: it learns its training images by heart. From epoch 5 on (the first is 0)
-    the training loss still falls, to less than a fifth. But the test loss rises a little, and the
-    number of wrong test digits goes up and down between 68 and 99 (results/curves.png).
+    The network overfits: it learns its training images by heart. After epoch 5 (the first is 0) the
+    training loss still falls, to a fifth of what it was and less. But the test loss rises a little,
+    and the number of wrong test digits goes up and down between 68 and 99 (results/curves.png).
     Overfitting does not make the network bad: 74 wrong digits are few. But more training is
     nearly useless: after epoch 5 about 80 were wrong.
 
