@@ -54,7 +54,7 @@ class Net(nn.Module):
     """Takes normalized images Nx1x28x28, returns logits Nx10: the highest marks the digit.
 
     The receptive field (RF) is the side of the input square that one output value depends on. A
-    layer adds (kernel size - 1) x the product of all strides before it.
+    layer adds (kernel size - 1) x the product of all strides before it: 3x3 after a pool 2 x 2.
     """
 
     def __init__(self):
@@ -86,7 +86,7 @@ def main(argv=None):
         load_weights(model, args.evaluate)
         return test(model, test_loader)
     optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
-    fast = speed_up(model, args, train_loader)  # trains the same weights, in less time
+    fast = speed_up(model, args, train_loader)  # same weights, computed faster; testing stays exact
     run = Run(__file__, args, model, optimizer)  # with --resume: back to the last epoch
     for epoch in range(run.next_epoch, args.epochs):
         print(f"EPOCH: {epoch}")

@@ -69,7 +69,7 @@ class Net(nn.Module):
     """Takes normalized images Nx1x28x28, returns logits Nx10: the highest marks the digit.
 
     The receptive field (RF) is the side of the input square that one output value depends on. A
-    layer adds (kernel size - 1) x the product of all strides before it.
+    layer adds (kernel size - 1) x the product of all strides before it: 3x3 after a pool 2 x 2.
     """
 
     def __init__(self):
@@ -104,8 +104,8 @@ def main(argv=None):
     optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM,
                           nesterov=True, weight_decay=WEIGHT_DECAY)
     scheduler = OneCycleLR(optimizer, LEARNING_RATE, args.epochs * len(train_loader),
-                           pct_start=WARM_UP, cycle_momentum=False)  # starts at 1/25 of the peak
-    fast = speed_up(model, args, train_loader)  # trains the same weights, in less time
+                           pct_start=WARM_UP, cycle_momentum=False)  # starts at 1/25; momentum stays
+    fast = speed_up(model, args, train_loader)  # same weights, computed faster; testing stays exact
     run = Run(__file__, args, model, optimizer, scheduler)  # with --resume: back to the last epoch
     for epoch in range(run.next_epoch, args.epochs):
         print(f"EPOCH: {epoch}")
