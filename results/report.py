@@ -82,8 +82,6 @@ def make_table(name, *steps):
         if job.table not in tables or (steps and str(job.step) not in steps):
             continue
         runs = every[job[:3]]
-        if name == "ingredients" and job.table == "steps":  # older runs have their own
-            runs = every["ingredients", job.step, "as it is"] or runs
         lesson, weights, course = STEPS[job.step]
         line = {"script": f"[step {job.step}]({SCRIPTS[job.step]}.py)", "step": job.step,
                 "run": job.name, "lesson": lesson, "parameters": f"{weights:,}", "course": course}
