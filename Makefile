@@ -69,7 +69,7 @@ bench: data ## Measure the speed
 	@$(PY) tests/bench.py $(ARGS)
 verify: data ## Test the committed weights against the committed figures
 	@$(PY) results/report.py --verify
-results: setup ## Write the tables and graphs anew from the committed runs; trains nothing
+results: data ## Write the tables and graphs anew from the committed runs; trains nothing
 	@$(INSTALL) --quiet "matplotlib>=3.10" && $(PY) results/graphs.py && $(PY) results/report.py
 clean: ## Remove caches; runs/, data/ and .venv stay
 	rm -rf .pytest_cache .ruff_cache __pycache__ results/__pycache__ tests/__pycache__

@@ -2,8 +2,8 @@
 
 An experiment is a step with edits: in a copy of its file, a new text takes the place of an old
 one, as if you had typed it. The copy runs as a script, and its history goes into experiments.csv;
-a step as it is keeps the folder of its run, in results/. What is there already is skipped. The runs
-of a table must come from one kind of machine: on another kind, an unfinished step is begun anew.
+a step as it is keeps the folder of its run, in results/. What is there already is skipped, unless
+it is part of an unfinished table and comes from another kind of machine.
 """
 
 import argparse

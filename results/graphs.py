@@ -1,6 +1,6 @@
 """Draw the curves of runs whose folders are given, into the first, or the pictures of results/.
 
-Needs matplotlib; trains nothing. The picture of digits needs MNIST in data/.
+Needs matplotlib; trains nothing. The pictures of results/ also need MNIST in data/.
 """
 
 import sys
@@ -18,10 +18,9 @@ from step4_aug_lr import test_transform, train_transform
 PANELS = {"training loss": "train_loss", "wrong training digits, %": "train_accuracy",
           "learning rate after the epoch": "learning_rate", "test loss": "test_loss",
           "wrong test digits, %": "test_accuracy"}  # title: column of the history
-COLOURS = ["black", "#d95f02", "#2171b5", "#41ab5d", *plt.colormaps["tab10"].colors[4:]]
-plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 200,
-                     "axes.titlesize": 10, "figure.constrained_layout.use": True,
-                     "axes.prop_cycle": plt.cycler(color=COLOURS)})
+COLOURS = plt.cycler(color=["black", "#d95f02", "#2171b5", "#41ab5d", "purple", "brown", "grey"])
+plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "axes.grid": True, "grid.alpha": 0.3,
+                     "figure.constrained_layout.use": True, "axes.prop_cycle": COLOURS})
 
 
 def draw_curves(groups, tested="test"):
@@ -89,11 +88,10 @@ def main():
         groups = {f"step {step}": list(runs["steps", step, "as it is"].values()) for step in STEPS}
         draw_curves(groups)
         draw_drilldown(groups)
-        if (ROOT / "data/MNIST/raw").exists():
-            draw_augmentation()
+        draw_augmentation()
     for name in plt.get_figlabels():
         path = (paths or [HERE])[0] / f"{name}.png"
-        plt.figure(name).savefig(path, metadata={"Software": None})
+        plt.figure(name).savefig(path, dpi=200, metadata={"Software": None})
         print(f"Drawn: {path}")
 
 
