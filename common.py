@@ -100,7 +100,7 @@ class RandomAffine:
         scale = (lowest + highest) / 2 + zoom * (highest - lowest) / 2
         cos, sin = angle.cos() / scale, angle.sin() / scale
         one, zero = torch.ones_like(slope), torch.zeros_like(slope)
-        # grid_sample asks for each output pixel where it comes from, so every step is undone.
+        # grid_sample asks for each output pixel where it comes from: these moves lead back there.
         undo_rotation_and_scale = torch.stack((cos, sin, -sin, cos), dim=1).view(-1, 2, 2)
         undo_shear = torch.stack((one, slope, zero, one), dim=1).view(-1, 2, 2)
         matrix = undo_shear @ undo_rotation_and_scale  # Bx2x2

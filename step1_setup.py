@@ -13,8 +13,8 @@ Why
     The network overfits: it learns its training images by heart. After epoch 5 (the first is 0) the
     training loss still falls, to a fifth of what it was and less. But the test loss rises a little,
     and the number of wrong test digits goes up and down between 68 and 99 (results/curves.png).
-    Overfitting does not make the network bad: 74 wrong digits are few. But more training is
-    nearly useless: after epoch 5 about 80 were wrong.
+    Overfitting does not make the network bad: 74 wrong digits are few. But more training brings
+    little: after epoch 5 about 80 were wrong.
 
 Left open
     Does it take millions of weights? Step 2 changes the network, and nothing else.
@@ -54,7 +54,7 @@ class Net(nn.Module):
     """Takes normalized images Nx1x28x28, returns logits Nx10: the highest marks the digit.
 
     The receptive field (RF) is the side of the input square that one output value depends on. A
-    layer adds (kernel size - 1) x the product of all strides before it: 3x3 after a pool 2 x 2.
+    layer adds (kernel size - 1) x the product of strides before it: a 3x3 adds 2; after a pool, 4.
     """
 
     def __init__(self):
@@ -86,7 +86,7 @@ def main(argv=None):
         load_weights(model, args.evaluate)
         return test(model, test_loader)
     optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
-    fast = speed_up(model, args, train_loader)  # same weights, computed faster; testing stays exact
+    fast = speed_up(model, args, train_loader)  # the same weights; trains them in less time
     run = Run(__file__, args, model, optimizer)  # with --resume: back to the last epoch
     for epoch in range(run.next_epoch, args.epochs):
         print(f"EPOCH: {epoch}")

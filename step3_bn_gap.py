@@ -1,11 +1,12 @@
 """Step 3: batch normalization lets a small network train well.
 
 Tried
-    Batch normalization gives each channel mean 0 and variance 1 over the batch, then a scale and a
-    shift that are learned. (Testing uses running averages of mean and variance.) Global average
-    pooling (GAP) takes the mean of each channel over all positions. It has no weights, and the 1x1
-    after it has 200; the last layer of step 2 has 4,900. Narrower layers, of at most 20 channels,
-    save 7,000 more. Dropout sets random channels to zero, in training only, against overfitting.
+    Batch normalization gives each channel mean 0 and variance 1 over a batch (all its images and
+    positions), then a scale and a shift that are learned. Testing uses running averages of mean and
+    variance. Global average pooling (GAP) takes the mean of each channel over all positions. It has
+    no weights, and the 1x1 after it has 200; step 2's last layer has 4,900. Narrower layers, of at
+    most 20 channels, save 7,000 more. Dropout sets random channels to zero, in training only,
+    against overfitting.
 
 Came out (5 runs of 15 epochs)
     9,078 weights, and 74 of 10,000 test digits wrong: no more than in step 1, which has 700 times
@@ -13,13 +14,13 @@ Came out (5 runs of 15 epochs)
     best epoch.)
 
 Why: we took out one part at a time, five runs each
-    Without batch normalization the first epoch's loss is 2.30, a guess, instead of 0.65, and in
-    the end 95 more digits are wrong. Normalized values cannot shrink from layer to layer. That is
-    not all: with He initialization instead (step 2) training starts at once, at a loss of 1.34, but
-    62 more digits are wrong. We do not know why.
-    With a 6x6 convolution in the place of GAP and the 1x1, 7,000 weights more, 6 fewer are wrong.
-    Without dropout 7 more are wrong, which may be chance. The log's training accuracy, measured
-    with dropout on, ends 0.78 points below test accuracy; without dropout, 0.33 points above.
+    Without batch normalization the first epoch's loss is 2.30, a guess, instead of 0.65, and in the
+    end 95 more digits are wrong. Normalized values do not shrink from layer to layer. That is not
+    all: with He initialization instead (step 2) the first loss is 1.34, and still 62 more digits
+    are wrong. We do not know why.
+    With a 6x6 convolution in the place of GAP and the 1x1, 7,000 weights more, 6 fewer are wrong;
+    without dropout 7 more. Both may be chance. The log's training accuracy, measured with dropout
+    on, ends 0.78 points below test accuracy; without dropout, 0.33 points above.
 
 Left open
     The network is good. Can better training get more out of it? Step 4 tries.
@@ -35,7 +36,7 @@ EPOCHS = 15
 BATCH_SIZE = 128  # 469 batches an epoch
 LEARNING_RATE = 0.01  # the same for every batch
 MOMENTUM = 0.9  # an update adds up past gradients; one from ten batches ago counts 35 %
-DROPOUT = 0.1  # probability that a channel is set to zero in training (course: a single pixel)
+DROPOUT = 0.1  # probability that a channel is set to zero in training (course: a single value)
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
 
 train_transform = v2.Compose([
@@ -53,7 +54,7 @@ def block(in_channels, out_channels):
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, bias=False),
         nn.ReLU(),
-        nn.BatchNorm2d(out_channels),  # after ReLU, as in the course; its paper puts it before
+        nn.BatchNorm2d(out_channels),  # as in the course; Ioffe and Szegedy (2015): before the ReLU
         nn.Dropout2d(DROPOUT),
     )
 
@@ -62,7 +63,7 @@ class Net(nn.Module):
     """Takes normalized images Nx1x28x28, returns logits Nx10: the highest marks the digit.
 
     The receptive field (RF) is the side of the input square that one output value depends on. A
-    layer adds (kernel size - 1) x the product of all strides before it: 3x3 after a pool 2 x 2.
+    layer adds (kernel size - 1) x the product of strides before it: a 3x3 adds 2; after a pool, 4.
     """
 
     def __init__(self):
@@ -94,7 +95,7 @@ def main(argv=None):
         load_weights(model, args.evaluate)
         return test(model, test_loader)
     optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
-    fast = speed_up(model, args, train_loader)  # same weights, computed faster; testing stays exact
+    fast = speed_up(model, args, train_loader)  # the same weights; trains them in less time
     run = Run(__file__, args, model, optimizer)  # with --resume: back to the last epoch
     for epoch in range(run.next_epoch, args.epochs):
         print(f"EPOCH: {epoch}")

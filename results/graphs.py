@@ -71,7 +71,7 @@ def draw_augmentation():
     rows = [test_transform(chosen), *(train_transform(chosen) for _ in range(5))]
     figure, axes = plt.subplots(6, 10, num="augmentation", figsize=(8.5, 5.5))
     for axis, image in zip(axes.flat, torch.cat(rows)[:, 0], strict=True):
-        axis.imshow(image, cmap="Greys")
+        axis.imshow(image, cmap="gray")
         axis.axis("off")
     figure.suptitle("Top row: training digits. Below: what five epochs may see instead")
 
