@@ -93,7 +93,7 @@ EXPERIMENTS = [Experiment(*fields) for fields in (
     ("plain", 4, "defaults", THREE, [], ["--validate"]),
     ("plain", 4, "--plain", THREE, [], ["--validate", "--plain"]),
     *(("times", 4, f"{count} epochs", THREE, [], [f"--epochs={count}"]) for count in (3, 5, 8, 15)),
-    ("times", 4, "the course's recipe", range(1, 2), COURSE_RECIPE, ["--plain"]),
+    ("times", 4, "the course's recipe", THREE, COURSE_RECIPE, ["--plain"]),
 )]
 
 

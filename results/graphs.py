@@ -1,7 +1,4 @@
-"""Draw the curves of runs whose folders are given, into the first, or the pictures of results/.
-
-Needs matplotlib; trains nothing. The pictures of results/ also need MNIST in data/.
-"""
+"""Draw the curves of the given runs into the first one's folder, or the pictures of results/."""
 
 import sys
 from pathlib import Path

@@ -5,7 +5,7 @@ import importlib
 import re
 import sys
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, stdev, variance
 
 import torch
 from experiments import (
@@ -29,33 +29,36 @@ TABLES = {  # heads of the columns
 }
 
 
-def join(values, digits=2, standard_error=False):
+def join(values, digits=2):
     """Return one value as it is, several as their mean ± their spread, with one digit more."""
     if len(values) < 2:
         return "".join(f"{value:.{digits}f}" for value in values)
-    spread = stdev(values) / (len(values) ** 0.5 if standard_error else 1)
-    return f"{fmean(values):.{digits + 1}f} ± {spread:.{digits + 1}f}"
+    return f"{fmean(values):.{digits + 1}f} ± {stdev(values):.{digits + 1}f}"
 
 
 def describe(runs, reference=()):
-    """Return cells by the heads of their columns; `runs`, `reference`: dicts of runs by seed."""
-    tested = [[float(row["test_accuracy"]) for row in run] for run in runs.values()]
+    """Return cells by the heads of their columns; `runs`, `reference`: lists of runs."""
+    tested = [[float(row["test_accuracy"]) for row in run] for run in runs]
     last = [accuracies[-1] for accuracies in tested]
-    trained = [float(run[-1]["train_accuracy"]) for run in runs.values()]
-    changes = [100 * (float(reference[seed][-1]["test_accuracy"]) - accuracy)
-               for seed, accuracy in zip(runs, last, strict=True) if seed in reference]
+    wrong, before = ([100 * (100 - float(run[-1]["test_accuracy"])) for run in group]
+                     for group in (runs, reference))
+    change = ""
+    if min(len(wrong), len(before)) > 1:
+        error = sum(variance(each) / len(each) for each in (wrong, before)) ** 0.5  # Welch's
+        change = f"{fmean(wrong) - fmean(before):.1f} ± {error:.1f}"
+    trained = [float(run[-1]["train_accuracy"]) for run in runs]
     return {
         "runs": len(runs),
         "last epoch": join(last),
-        "wrong digits": join([100 * (100 - accuracy) for accuracy in last], 0),
-        "more wrong digits": join(changes, 0, True),
+        "wrong digits": join(wrong, 0),
+        "more wrong digits": change,
         "best epoch": f"{max(map(max, tested)):.2f}",
         "last five": join([fmean(accuracies[-5:]) for accuracies in tested]),
         "under 99.40": sum(value < 99.4 for accuracies in tested for value in accuracies[-5:]),
-        "test loss": join([float(run[-1]["test_loss"]) for run in runs.values()], 3),
-        "first training loss": join([float(run[0]["train_loss"]) for run in runs.values()]),
+        "test loss": join([float(run[-1]["test_loss"]) for run in runs], 3),
+        "first training loss": join([float(run[0]["train_loss"]) for run in runs]),
         "logged train − test": join([a - b for a, b in zip(trained, last, strict=True)]),
-        "seconds": join([sum(float(row["seconds"]) for row in run) for run in runs.values()], 0),
+        "seconds": join([sum(float(row["seconds"]) for row in run) for run in runs], 0),
     }
 
 
@@ -76,23 +79,23 @@ def make_table(name, *steps):
             for step, script in SCRIPTS.items())
     lines = []
     made = set()
-    references = {}  # the runs of the first line of each step
+    reference = {}  # the runs of the first line of each step
     tables = ["steps", "ingredients"] if name == "ingredients" else [name]
     for job in EXPERIMENTS:
         if job.table not in tables or (steps and str(job.step) not in steps):
             continue
-        runs = every[job[:3]]
+        runs = list(every[job[:3]].values())
         lesson, weights, course = STEPS[job.step]
         line = {"script": f"[step {job.step}]({SCRIPTS[job.step]}.py)", "step": job.step,
                 "run": job.name, "lesson": lesson, "parameters": f"{weights:,}", "course": course}
         known = [row for row in read_rows(VERIFIED) if row["script"] == SCRIPTS[job.step]
-                 and row["test_loss"] in {run[-1]["test_loss"] for run in runs.values()}]
+                 and row["test_loss"] in {run[-1]["test_loss"] for run in runs}]
         line["training accuracy"] = join([float(row["train_accuracy"]) for row in known])
-        cells = describe(runs, references.get(job.step, {})) if runs else {"runs": "not yet run"}
+        cells = describe(runs, reference.get(job.step, ())) if runs else {"runs": "not yet run"}
         lines.append(line | cells)
-        references.setdefault(job.step, runs)
+        reference.setdefault(job.step, runs)
         words = "- step {}: {machine}, torch {torch}, threads {threads}, {precision}, {compiled}"
-        made |= {words.format(job.step, **run[-1]) for run in runs.values()}
+        made |= {words.format(job.step, **run[-1]) for run in runs}
     return "\n".join([to_table(name, lines), "", *sorted(made)])
 
 
@@ -104,7 +107,7 @@ def read_folders(paths):
     for path in {path.resolve(): path for path in paths}.values():
         with common.one_line(f"{path}: expected a run's folder: history.csv, maybe checkpoint.pt"):
             run = read_rows(path / "history.csv")
-            describe({path: run})  # fails if a figure is missing
+            describe([run])  # fails if a figure is missing
             if (path / "checkpoint.pt").exists():
                 checkpoint = torch.load(path / "checkpoint.pt", "cpu", weights_only=True)
                 run[-1]["planned"] = checkpoint["settings"]["epochs"]
@@ -115,15 +118,15 @@ def read_folders(paths):
 def tell(paths):
     """Return a table of runs by folder, each by itself, and of all that are finished together."""
     lines = []
-    finished = {}
+    finished = []
     for path, run in read_folders(paths).items():
         name = f"[{path.name}]({path.name}/log.txt)" if path.parent == HERE else str(path)
         epochs = str(len(run))
         if len(run) < run[-1].get("planned", 0):
             epochs += f" of {run[-1]['planned']}, unfinished"
         else:
-            finished[path] = run
-        lines.append({"run": name, "epochs": epochs} | describe({path: run}))
+            finished.append(run)
+        lines.append({"run": name, "epochs": epochs} | describe([run]))
     if len(finished) > 1:
         lines.append({"run": f"**{len(finished)} runs**"} | describe(finished))
     return to_table("runs", lines)

@@ -66,7 +66,7 @@ def test_flags_targets_links_figures_and_python_of_the_pages(project, capsys):
     assert {name: (project / name).read_text("utf-8") for name in PAGES} == PAGES
     for number, step in enumerate(STEPS.values(), 1):
         runs = experiments.read_runs()["steps", number, "as it is"]
-        wrong = float(report.describe(runs)["wrong digits"].split()[0])
+        wrong = float(report.describe(runs.values())["wrong digits"].split()[0])
         assert re.search(rf"\b{wrong:.0f}\b", step.__doc__)
     [block] = re.findall(r"(?s)```python\n(.*?)```", PAGES["README.md"])
     picture = Image.new("RGB", (300, 200), (190, 190, 190))
