@@ -75,6 +75,7 @@ EXPERIMENTS = [Experiment(*fields) for fields in (
     ("steps", 4, "as it is", TEN),
     ("ingredients", 4, "no augmentation", TEN, [
         ("    RandomAffine(degrees=8, shear=4, scale=(0.93, 1.07), translate=0.06),", "")]),
+    ("ingredients", 4, "peak 0.01", FIVE, [LOW_RATE]),
     ("ingredients", 4, "constant 0.01", FIVE, [LOW_RATE, NO_SCHEDULE]),
     ("ingredients", 4, "constant 0.1", FIVE, [NO_SCHEDULE]),
     ("ingredients", 4, "plain momentum: no Nesterov, no weight decay", FIVE, [PLAIN_MOMENTUM]),
@@ -93,7 +94,7 @@ EXPERIMENTS = [Experiment(*fields) for fields in (
     ("plain", 4, "defaults", THREE, [], ["--validate"]),
     ("plain", 4, "--plain", THREE, [], ["--validate", "--plain"]),
     *(("times", 4, f"{count} epochs", THREE, [], [f"--epochs={count}"]) for count in (3, 5, 8, 15)),
-    ("times", 4, "the course's recipe", THREE, COURSE_RECIPE, ["--plain"]),
+    ("times", 4, "the course's recipe", range(1, 3), COURSE_RECIPE, ["--plain"]),
 )]
 
 
