@@ -145,10 +145,9 @@ def verify():
         net = step.Net()
         common.load_weights(net, path)
         key = {"script": script, "seed": seed, "test_loss": last["test_loss"]}
-        verified = read_rows(VERIFIED)
-        if not any(key.items() <= row.items() for row in verified):
+        if not any(key.items() <= row.items() for row in read_rows(VERIFIED)):
             accuracy = f"{common.test(net, training)[1]:.6f}"
-            write_rows(VERIFIED, [*verified, key | {"train_accuracy": accuracy}])
+            write_rows(VERIFIED, [*read_rows(VERIFIED), key | {"train_accuracy": accuracy}])
         _, accuracy = common.test(net, testing)
         differ = round(abs(accuracy - float(last["test_accuracy"])) * len(testing.images) / 100)
         missed = differ > (0 if find_kind([last]) == KIND else 2)  # elsewhere rounding differs
