@@ -11,8 +11,8 @@ Came out (2 runs of 15 epochs; an epoch is one pass over the 60,000 training ima
 
 Why
     The network overfits: it learns its training images by heart. After epoch 5 (the first is 0) the
-    training loss still falls, to a fifth of what it was and less. But the test loss rises a little,
-    and the number of wrong test digits goes up and down between 68 and 99 (results/curves.png).
+    training loss still falls, to a fifth or less. But the test loss rises a little, and the number
+    of wrong test digits goes up and down between 68 and 99 (results/curves.png).
     Overfitting does not make the network bad: 74 wrong digits are few. But more training brings
     little: after epoch 5 about 80 were wrong.
 
@@ -26,9 +26,9 @@ from torchvision.transforms import v2
 
 from common import Run, get_loaders, load_weights, parse_args, show_summary, speed_up, test, train
 
-EPOCHS = 15
+EPOCHS = 15  # as in the course; so are batch size and momentum
 BATCH_SIZE = 128  # 469 batches an epoch
-LEARNING_RATE = 0.01  # the same for every batch
+LEARNING_RATE = 0.01  # the course's, the same for every batch
 MOMENTUM = 0.9  # an update adds up past gradients; one from ten batches ago counts 35 %
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
 

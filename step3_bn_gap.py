@@ -32,9 +32,9 @@ from torchvision.transforms import v2
 
 from common import Run, get_loaders, load_weights, parse_args, show_summary, speed_up, test, train
 
-EPOCHS = 15
+EPOCHS = 15  # as in the course; so are batch size and momentum
 BATCH_SIZE = 128  # 469 batches an epoch
-LEARNING_RATE = 0.01  # the same for every batch
+LEARNING_RATE = 0.01  # the course's, the same for every batch
 MOMENTUM = 0.9  # an update adds up past gradients; one from ten batches ago counts 35 %
 DROPOUT = 0.1  # probability that a channel is set to zero in training (course: a single value)
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
