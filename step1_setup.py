@@ -29,7 +29,7 @@ from common import Run, get_loaders, load_weights, parse_args, show_summary, spe
 EPOCHS = 15  # as in the course; so are batch size and momentum
 BATCH_SIZE = 128  # 469 batches an epoch
 LEARNING_RATE = 0.01  # the course's, the same for every batch
-MOMENTUM = 0.9  # an update adds up past gradients; one from ten batches ago counts 35 %
+MOMENTUM = 0.9  # an update is the gradient + 0.9 x the update before, times the rate
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
 
 train_transform = v2.Compose([
@@ -54,7 +54,7 @@ class Net(nn.Module):
     """Takes normalized images Nx1x28x28, returns logits Nx10: the highest marks the digit.
 
     The receptive field (RF) is the side of the input square that one output value depends on. A
-    layer adds (kernel size - 1) x the product of strides before it: a 3x3 adds 2; after a pool, 4.
+    layer adds kernel size - 1, doubled for each pool before it: a 3x3 adds 2, after a pool 4.
     """
 
     def __init__(self):

@@ -1,4 +1,4 @@
-"""Step 2: 300 times fewer weights, and still most of the skill.
+"""Step 2: 300 times fewer weights keep most of the skill; the errors almost double.
 
 Tried
     A network with little room to learn by heart: 20,750 weights, one weight for three training
@@ -18,9 +18,9 @@ Why
 
 A side note: the slow start
     The first epoch's loss is 1.53; pure guessing gives ln 10 = 2.303. PyTorch draws the first
-    weights so small that each layer shrinks its values to 0.41 of their size (by the square root of
-    3, and the ReLU by that of 2); after eight layers a thousandth is left. He et al. (2015) draw
-    them larger: the first loss is then 0.31. In the end 109 digits are wrong, which may be chance.
+    weights small: each layer makes the mean square of its values six times smaller (the weights
+    three times, the ReLU two), so eight layers leave a thousandth of their size. He et al. (2015)
+    draw them larger: the first loss is then 0.31. In the end 109 are wrong, perhaps by chance.
 
 Left open
     Does it have too few weights, or use them badly? Step 3 takes half as many.
@@ -35,7 +35,7 @@ from common import Run, get_loaders, load_weights, parse_args, show_summary, spe
 EPOCHS = 15  # as in the course; so are batch size and momentum
 BATCH_SIZE = 128  # 469 batches an epoch
 LEARNING_RATE = 0.01  # the course's, the same for every batch
-MOMENTUM = 0.9  # an update adds up past gradients; one from ten batches ago counts 35 %
+MOMENTUM = 0.9  # an update is the gradient + 0.9 x the update before, times the rate
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
 
 train_transform = v2.Compose([
@@ -60,7 +60,7 @@ class Net(nn.Module):
     """Takes normalized images Nx1x28x28, returns logits Nx10: the highest marks the digit.
 
     The receptive field (RF) is the side of the input square that one output value depends on. A
-    layer adds (kernel size - 1) x the product of strides before it: a 3x3 adds 2; after a pool, 4.
+    layer adds kernel size - 1, doubled for each pool before it: a 3x3 adds 2, after a pool 4.
     """
 
     def __init__(self):

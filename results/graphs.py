@@ -12,7 +12,7 @@ from report import STEPS, read_folders
 
 from step4_aug_lr import test_transform, train_transform
 
-PANELS = {"training loss": "train_loss", "wrong training digits, %": "train_accuracy",
+PANELS = {"logged training loss": "train_loss", "logged wrong training digits, %": "train_accuracy",
           "learning rate after the epoch": "learning_rate", "test loss": "test_loss",
           "wrong test digits, %": "test_accuracy"}  # title: column of the history
 COLOURS = plt.cycler(color=["black", "#d95f02", "#2171b5", "#41ab5d", "purple", "brown", "grey"])
