@@ -13,8 +13,8 @@ Why
     The network overfits: it learns its training images by heart. After epoch 5 (the first is 0) the
     training loss still falls, to a fifth or less. But the test loss rises a little, and the number
     of wrong test digits goes up and down between 68 and 99 (results/curves.png).
-    Overfitting does not make the network bad: 74 wrong digits are few. But more training brings
-    little: after epoch 5 about 80 were wrong.
+    Overfitting does not make the network bad: 74 wrong digits are few. But it makes more training
+    almost useless: after epoch 5 about 80 were wrong.
 
 Left open
     Does it take millions of weights? Step 2 changes the network, and nothing else.
@@ -26,10 +26,10 @@ from torchvision.transforms import v2
 
 from common import Run, get_loaders, load_weights, parse_args, show_summary, speed_up, test, train
 
-EPOCHS = 15  # as in the course; so are batch size and momentum
-BATCH_SIZE = 128  # 469 batches an epoch
+EPOCHS = 15  # the course's
+BATCH_SIZE = 128  # the course's; 469 batches an epoch
 LEARNING_RATE = 0.01  # the course's, the same for every batch
-MOMENTUM = 0.9  # an update is the gradient + 0.9 x the update before, times the rate
+MOMENTUM = 0.9  # the course's; a step follows the gradient + 0.9 x the last step's direction
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
 
 train_transform = v2.Compose([

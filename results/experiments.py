@@ -1,9 +1,8 @@
 """Train the runs behind the tables of results/README.md.
 
-An experiment is a step with edits: in a copy of its file, a new text takes the place of an old
-one, as if you had typed it. The copy runs as a script, and its history goes into experiments.csv;
-a step as it is keeps the folder of its run, in results/. What is there already is skipped, unless
-it is part of an unfinished table and comes from another kind of machine.
+An experiment is a step with edits: a copy of its file, in which a new text replaces an old one.
+It runs as a script, and its history goes into experiments.csv; a step as it is keeps its folder.
+What is there is skipped, unless its table is unfinished and another kind of machine made it.
 """
 
 import argparse
@@ -37,6 +36,7 @@ NO_SCHEDULE = (SCHEDULER, "None")  # an edit: old text, new text
 LOW_RATE = ("LEARNING_RATE = 0.1", "LEARNING_RATE = 0.01")
 PLAIN_MOMENTUM = ("""momentum=MOMENTUM,
                           nesterov=True, weight_decay=WEIGHT_DECAY)""", "momentum=MOMENTUM)")
+NORMALIZATION = ("nn.ReLU(),", "nn.ReLU(), nn.BatchNorm2d(out_channels),")
 NO_NORMALIZATION = ("        nn.BatchNorm2d(out_channels),", "")
 HE_INITIALIZATION = ("    model = Net().to(args.device)", """\
     model = Net().to(args.device)
@@ -91,8 +91,10 @@ EXPERIMENTS = [Experiment(*fields) for fields in (
     optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
     run = Run(__file__, args, average.module, optimizer, scheduler)"""),
         ("accuracy = test(model, test_loader)", "accuracy = test(average, test_loader)")]),
-    ("plain", 4, "defaults", THREE, [], ["--validate"]),
-    ("plain", 4, "--plain", THREE, [], ["--validate", "--plain"]),
+    ("pairs", 2, "as it is", THREE),
+    ("pairs", 2, "batch normalization", THREE, [NORMALIZATION]),
+    ("pairs", 4, "defaults", THREE, [], ["--validate"]),
+    ("pairs", 4, "--plain", THREE, [], ["--validate", "--plain"]),
     *(("times", 4, f"{count} epochs", THREE, [], [f"--epochs={count}"]) for count in (3, 5, 8, 15)),
     ("times", 4, "the course's recipe", range(1, 3), COURSE_RECIPE, ["--plain"]),
 )]
@@ -172,14 +174,14 @@ def train(run):
 
 def main(argv=None):
     """Train what is missing of the chosen experiments; return 1 if a run failed, else 0."""
-    tables = ["steps", "ingredients", "plain", "times"]
+    tables = ["steps", "ingredients", "pairs", "times"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
     parser.add_argument("--steps", nargs="+", type=int, choices=SCRIPTS, default=[4, 3, 2])
     parser.add_argument("--seeds", nargs="+", type=int, default=TEN)
     args = parser.parse_args(argv)
     status = 0
-    groups = [["steps", "ingredients"], ["plain"], ["times"]]  # compared: of one kind of machine
+    groups = [["steps", "ingredients"], ["pairs"], ["times"]]  # compared: of one kind of machine
     for step, group in itertools.product(args.steps, groups):
         found = read_runs()
         jobs = [job for job in EXPERIMENTS if job.step == step and job.table in group]
