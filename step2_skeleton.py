@@ -1,29 +1,27 @@
 """Step 2: 300 times fewer weights, at the price of 57 more wrong digits.
 
 Tried
-    A network with little room to learn by heart: 20,750 weights, one weight for three training
-    images. Why small? A small network runs anywhere, and the course's challenge is 99.4 % with
-    fewer than 10,000 weights (step 4 meets it). Two things save weights: few channels, at most 32,
-    and 1x1 convolutions, which mix the channels of each pixel. A 3x3 from 32 to 20 channels has
-    5,760 weights (3 x 3 x 32 x 20); a 1x1 to 10 channels and a 3x3 from there have 320 + 1,800.
+    A small network: 20,750 weights, one weight for three training images. Why small? It runs
+    anywhere, and the course's challenge is 99.4 % with fewer than 10,000 weights (step 4 meets it).
+    Two things save weights: few channels, at most 32, and 1x1 convolutions, which mix the channels
+    of each pixel. A 3x3 from 32 to 20 channels has 5,760 weights (3 x 3 x 32 x 20); a 1x1 from 32
+    to 10 channels and then a 3x3 to 20 have 320 + 1,800.
 
 Came out (5 runs of 15 epochs)
-    131 of 10,000 test digits are wrong after the last epoch (step 1: 74). Test accuracy is 98.69 %,
-    in the best epoch of a run 98.99 %. (Course: 98.69 %, in its best epoch.)
+    Small works, and is not free: 131 of 10,000 test digits are wrong after the last epoch (step 1:
+    74). Test accuracy is 98.69 %, in the best epoch of a run 98.99 %. (Course: 98.69 %, in its best
+    epoch.)
 
-Why
-    So small a network cannot learn by heart: 452 of 60,000 training digits are wrong (step 1: 26).
-    But it can read new digits nearly as well: 98.69 % of them, where step 1 reads 99.26 %. Small
-    works, and is not free.
-
-A side note: the slow start
-    The first epoch's loss is 1.53; pure guessing gives ln 10 = 2.303. PyTorch draws the first
-    weights so small that each layer shrinks its values to about 0.41 of their size; after eight
-    layers a thousandth is left. He et al. (2015) draw larger weights: the first loss is then 0.31.
-    In the end 109 digits are wrong, perhaps by chance.
+Why 57 more? Two suspects
+    Too few weights: it does not even learn by heart, 452 of 60,000 training digits are wrong (step
+    1: 26).
+    Or bad training: the first epoch's loss is 1.53; pure guessing gives ln 10 = 2.303. PyTorch
+    draws the first weights so small that each layer shrinks its values to about 0.41 of their size;
+    after eight layers a thousandth is left. He et al. (2015) draw larger weights: the first loss is
+    then 0.31. In the end 109 digits are wrong, which may be chance.
 
 Left open
-    Does it have too few weights, or does it train badly? Step 3 takes half as many.
+    Which of the two is it? Step 3 finds out.
 """
 
 import torch

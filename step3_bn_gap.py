@@ -10,14 +10,16 @@ Tried
 
 Came out (5 runs of 15 epochs)
     9,078 weights, and 74 of 10,000 test digits wrong: no more than in step 1, which has 700 times
-    as many weights. So step 2's 20,750 were not too few. Test accuracy is 99.26 %, in the best
-    epoch 99.33 %. (Course: 99.16 %, in its best epoch.)
+    as many weights. Test accuracy is 99.26 %, in the best epoch 99.33 %. (Course: 99.16 %.)
 
 Why: we took out one part at a time, five runs each
     Without batch normalization the first epoch's loss is 2.30, a guess, instead of 0.65, and in the
     end 169 digits are wrong. Normalized values do not shrink from layer to layer. That is not all:
     with He initialization (step 2) in its place the first loss is 1.34, and in the end 136 digits
     are wrong. We do not know why.
+    And step 2? With batch normalization after each ReLU its network gets 75 digits wrong instead of
+    133 (three runs each), and learns by heart: nearly all 60,000 training digits are right. It
+    never had too few weights; it trained badly.
     The other parts matter less: with a 6x6 convolution in place of GAP and the 1x1 (16,078 weights)
     68 digits are wrong, without dropout 81. Both may be chance. The log's training accuracy,
     measured with dropout on, ends 0.78 points below test accuracy; without dropout, 0.33 above.

@@ -24,7 +24,7 @@ TABLES = {  # heads of the columns
              " | best epoch | training accuracy",
     "ingredients": "step | run | runs | last epoch | wrong digits | more wrong digits | last five"
                    " | test loss | first training loss | logged train − test",
-    "pairs": "step | run | runs | last epoch | wrong digits | more wrong digits",
+    "pairs": "run | runs | last epoch | wrong digits | more wrong digits | logged train − test",
     "times": "step | run | runs | last epoch | wrong digits | seconds",
 }
 
