@@ -17,9 +17,9 @@ Why 57 more? Two suspects
     1: 26).
     Or bad training: the first epoch's loss is 1.53; pure guessing gives ln 10 = 2.303. PyTorch
     draws the first weights so small that each layer shrinks its values to about 0.41 of their size;
-    after eight layers a thousandth or two are left (step 1, which has wider layers and biases: a
-    hundredth). He et al. (2015) draw larger weights: the first loss is then 0.31. In the end 109
-    digits are wrong, which may be chance.
+    after eight layers a thousandth or two are left. (In step 1, with wider layers and biases, a
+    hundredth.) He et al. (2015) draw larger weights: the first loss is then 0.31. In the end 109
+    digits are wrong instead of 131, but this may be chance.
 
 Left open
     Which of the two is it? Step 3 finds out.

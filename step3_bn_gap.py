@@ -15,8 +15,8 @@ Came out (5 runs of 15 epochs)
 Why: we took out one part at a time, five runs each
     Without batch normalization the first epoch's loss is 2.30, a guess, instead of 0.65, and in the
     end 169 digits are wrong. Normalized values do not shrink from layer to layer. That is not all:
-    with He initialization (step 2) in its place the first loss is 1.34, and in the end 136 digits
-    are wrong. We do not know why.
+    with He initialization (step 2) instead of batch normalization the first loss is 1.34, but in
+    the end 136 digits are wrong. We do not know why.
     And step 2? With batch normalization after each ReLU its network gets 75 digits wrong instead of
     133 (three new runs each), and learns by heart: nearly all 60,000 training digits are right. It
     never had too few weights; it trained badly.
