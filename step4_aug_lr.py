@@ -28,11 +28,11 @@ Left open
 
 import torch
 from torch import nn, optim
+from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 from torchvision.transforms import v2
 
-from common import (
-    RandomAffine, Run, get_loaders, load_weights, parse_args, show_summary, speed_up, test, train)
+from common import Run, get_loaders, load_weights, parse_args, show_summary, speed_up, test, train
 
 EPOCHS = 15  # the course's
 BATCH_SIZE = 128  # the course's; 469 batches an epoch
@@ -41,11 +41,25 @@ WARM_UP = 0.15  # share of the run in which the rate rises, from a 25th; chosen 
 MOMENTUM = 0.9  # the course's; a step follows the gradient + 0.9 x the last step's direction
 WEIGHT_DECAY = 5e-4  # each update also pulls the weights towards 0; usual with a high rate
 DROPOUT = 0.03  # probability that a channel is set to zero in training; the course's value
+AUGMENTATION = 0.12  # at most: about 7 degrees, 12 %, 1.7 pixels; chosen on held-out images
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
+
+
+def augment(images):
+    """Turn, slant, stretch and shift each image (float32 Bx1x28x28) by random amounts of its own.
+
+    An affine map sends each pixel (x, y) of the new image to a place in the old one:
+    (a x + b y + c, d x + e y + f). With 1 0 0, 0 1 0 nothing changes; all six change a little.
+    """
+    change = AUGMENTATION * (2 * torch.rand(len(images), 2, 3, device=images.device) - 1)
+    maps = torch.eye(2, 3, device=images.device) + change  # Bx2x3: a b c, d e f of each image
+    places = F.affine_grid(maps, images.shape, align_corners=False)  # x, y from -1 to 1
+    return F.grid_sample(images, places, align_corners=False)  # 0 (black) from outside
+
 
 train_transform = v2.Compose([
     v2.ToDtype(torch.float32, scale=True),  # 0..255 to 0..1
-    RandomAffine(degrees=8, shear=4, scale=(0.93, 1.07), translate=0.06),  # largest amounts
+    augment,
     v2.Normalize(MEAN, STD),
 ])
 test_transform = v2.Compose([  # separate: step 4 augments training images only
@@ -96,22 +110,23 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     train_loader, test_loader = get_loaders(args, train_transform, test_transform)
     model = Net().to(args.device)
-    show_summary(model)
+    show_summary(model, test_loader)
     if args.evaluate:
         load_weights(model, args.evaluate)
         return test(model, test_loader)
     optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM,
                           nesterov=True, weight_decay=WEIGHT_DECAY)
-    scheduler = OneCycleLR(optimizer, LEARNING_RATE, args.epochs * len(train_loader),
-                           pct_start=WARM_UP, cycle_momentum=False)  # momentum stays 0.9, as before
-    fast = speed_up(model, args, train_loader)  # the same weights; trains them in less time
+    scheduler = OneCycleLR(  # steps after every batch: a StepLR must count batches, not epochs
+        optimizer, LEARNING_RATE, args.epochs * len(train_loader),
+        pct_start=WARM_UP, cycle_momentum=False)  # False: momentum stays 0.9, as before
     run = Run(__file__, args, model, optimizer, scheduler)  # with --resume: back to the last epoch
+    fast = speed_up(model, args, train_loader, run.next_epoch)  # the same weights, trained faster
     for epoch in range(run.next_epoch, args.epochs):
         print(f"EPOCH: {epoch}")
         train_loss, train_accuracy = train(fast, train_loader, optimizer, scheduler)
         test_loss, test_accuracy = test(model, test_loader)
         run.save(train_loss, train_accuracy, test_loss, test_accuracy)
-    return model
+    return model.cpu().eval()  # ready to use
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 An experiment is a step with edits: a copy of its file, in which a new text replaces an old one.
 It runs as a script, and its history goes into experiments.csv; a step as it is keeps its folder.
-What is there is skipped, unless its table is unfinished and another kind of machine made it.
+What is there is skipped and never deleted: to train runs anew, delete their rows or folders first.
 """
 
 import argparse
@@ -10,7 +10,6 @@ import csv
 import itertools
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,15 +23,22 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
 CSV = HERE / "experiments.csv"
-KIND = (common.CPU.get("cpu_name", "unknown CPU"), str(common.torch.__version__))
+MACHINE = {"machine": common.CPU.get("cpu_name", "unknown CPU"),
+           "torch": str(common.torch.__version__)}
 SCRIPTS = {1: "step1_setup", 2: "step2_skeleton", 3: "step3_bn_gap", 4: "step4_aug_lr"}
 LOG = re.compile(  # what the first lines of a run tell
     r"^Device: cpu\W+(?P<machine>.+?)\)?, (?P<threads>\d+) threads?, torch (?P<torch>\S+)$"
     r".*?^Settings: .*?(?P<precision>fp32|bf16), (?P<compiled>(not )?compiled)", re.M | re.S)
 
-SCHEDULER = """OneCycleLR(optimizer, LEARNING_RATE, args.epochs * len(train_loader),
-                           pct_start=WARM_UP, cycle_momentum=False)"""
+SCHEDULER = """OneCycleLR(  # steps after every batch: a StepLR must count batches, not epochs
+        optimizer, LEARNING_RATE, args.epochs * len(train_loader),
+        pct_start=WARM_UP, cycle_momentum=False)"""
 NO_SCHEDULE = (SCHEDULER, "None")  # an edit: old text, new text
+NO_AUGMENTATION = ("    augment,\n", "")
+FEW_DIGITS = ("    model = Net().to(args.device)", """\
+    train_loader.images = train_loader.images[:3000].repeat(20, 1, 1, 1)
+    train_loader.labels = train_loader.labels[:3000].repeat(20)
+    model = Net().to(args.device)""")
 LOW_RATE = ("LEARNING_RATE = 0.1", "LEARNING_RATE = 0.01")
 PLAIN_MOMENTUM = ("""momentum=MOMENTUM,
                           nesterov=True, weight_decay=WEIGHT_DECAY)""", "momentum=MOMENTUM)")
@@ -63,7 +69,7 @@ THREE, FIVE, TEN = range(1, 4), range(1, 6), range(1, 11)  # seeds
 EXPERIMENTS = [Experiment(*fields) for fields in (
     ("steps", 1, "as it is", range(1, 3)),  # hours: only with --steps 1
     ("steps", 2, "as it is", FIVE),
-    ("ingredients", 2, "He initialization", FIVE, [HE_INITIALIZATION]),
+    ("ingredients", 2, "batch normalization", FIVE, [NORMALIZATION]),
     ("steps", 3, "as it is", FIVE),
     ("ingredients", 3, "no batch normalization", FIVE, [NO_NORMALIZATION]),
     ("ingredients", 3, "He initialization, no batch normalization", FIVE, [
@@ -73,31 +79,18 @@ EXPERIMENTS = [Experiment(*fields) for fields in (
         ("            nn.AvgPool2d(6),", "            nn.Conv2d(20, 10, 6, bias=False),"),
         ("            nn.Conv2d(20, 10, 1, bias=False),  # 1x1x10", "            # 1x1x10")]),
     ("steps", 4, "as it is", TEN),
-    ("ingredients", 4, "no augmentation", TEN, [
-        ("    RandomAffine(degrees=8, shear=4, scale=(0.93, 1.07), translate=0.06),", "")]),
-    ("ingredients", 4, "peak 0.01", FIVE, [LOW_RATE]),
     ("ingredients", 4, "constant 0.01", FIVE, [LOW_RATE, NO_SCHEDULE]),
     ("ingredients", 4, "constant 0.1", FIVE, [NO_SCHEDULE]),
-    ("ingredients", 4, "plain momentum: no Nesterov, no weight decay", FIVE, [PLAIN_MOMENTUM]),
-    ("ingredients", 4, "dropout 0.1", FIVE, [("DROPOUT = 0.03", "DROPOUT = 0.1")]),
-    ("ingredients", 4, "one 1x1, 20 to 10", FIVE, [
-        ("            nn.Conv2d(20, 22, 1, bias=False),", ""),
-        ("            nn.Conv2d(22, 10, 1,", "            nn.Conv2d(20, 10, 1,")]),
-    ("ingredients", 4, "average of the weights", FIVE, [  # over about the last tenth of the batches
-        ("    run = Run(__file__, args, model, optimizer, scheduler)", """\
-    average = optim.swa_utils.AveragedModel(
-        model, avg_fn=lambda old, new, batches: old + (new - old) / (1 + batches / 10),
-        use_buffers=True)
-    optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
-    run = Run(__file__, args, average.module, optimizer, scheduler)"""),
-        ("accuracy = test(model, test_loader)", "accuracy = test(average, test_loader)")]),
-    ("pairs", 2, "as it is", THREE),
-    ("pairs", 2, "batch normalization", THREE, [NORMALIZATION]),
+    ("ingredients", 4, "peak 0.01", FIVE, [LOW_RATE]),
+    ("ingredients", 4, "no augmentation", FIVE, [NO_AUGMENTATION]),
+    ("digits", 4, "3,000 digits", FIVE, [FEW_DIGITS]),
+    ("digits", 4, "3,000 digits, no augmentation", FIVE, [FEW_DIGITS, NO_AUGMENTATION]),
     ("pairs", 4, "defaults", THREE, [], ["--validate"]),
     ("pairs", 4, "--plain", THREE, [], ["--validate", "--plain"]),
     *(("times", 4, f"{count} epochs", THREE, [], [f"--epochs={count}"]) for count in (3, 5, 8, 15)),
     ("times", 4, "the course's recipe", range(1, 3), COURSE_RECIPE, ["--plain"]),
 )]
+TABLES = list(dict.fromkeys(job.table for job in EXPERIMENTS))
 
 
 def make_copy(step, edits, folder):
@@ -141,9 +134,20 @@ def read_runs():
     return runs
 
 
-def find_kind(run):
-    """Return the CPU and the torch that made a run; None if it is empty."""
-    return (run[-1]["machine"], run[-1]["torch"]) if run else None
+def find_kind(row):
+    """Return what a row was made on: CPU, torch, threads, precision, compiled or not."""
+    return tuple(row[name] for name in ("machine", "torch", "threads", "precision", "compiled"))
+
+
+def foresee_kind(job):
+    """Return the kind of the rows that a run of this experiment would have here."""
+    threads = os.cpu_count() if job.table == "times" else 1
+    plain = "--plain" in job.flags
+    bf16 = common.is_bf16_faster(common.torch.device("cpu")) and not plain
+    compiled = "not compiled" if plain or job.step == 1 else "compiled"
+    precision = "bf16" if bf16 else "fp32"
+    return find_kind(MACHINE | {
+        "threads": str(threads), "precision": precision, "compiled": compiled})
 
 
 def train(run):
@@ -164,7 +168,6 @@ def train(run):
         if job.table == "steps":  # the folder is kept
             (made / "checkpoint.pt").unlink()
             (made / "log.txt").write_text(process.stdout, encoding="utf-8")
-            shutil.rmtree(HERE / made.name, ignore_errors=True)
             made.rename(HERE / made.name)
             return []
         first = {"table": job.table, "step": str(job.step), "variant": job.name, "seed": seed}
@@ -172,32 +175,49 @@ def train(run):
         return [first | row | told for row in read_rows(made / "history.csv")]
 
 
+def find_missing(job, found):
+    """Return the seeds of an experiment whose runs are not there yet."""
+    seeds = [seed for seed in job.seeds if seed not in found[job[:3]]]
+    if job.table == "steps":  # a folder may be there without a log
+        seeds = [seed for seed in seeds if not (HERE / f"{SCRIPTS[job.step]}-seed{seed}").exists()]
+    return seeds
+
+
+def find_group(job):
+    """Return what experiments have in common whose rows should be of one kind."""
+    return job.step, job.table if job.table in ("pairs", "times") else "the rest", job.flags
+
+
+def warn_of_other_kinds(job, found):
+    """Print a line if the rows of the experiment's table were made on another kind of machine."""
+    alike = [other for other in EXPERIMENTS if find_group(other) == find_group(job)]
+    kinds = {find_kind(run[-1]) for other in alike for run in found[other[:3]].values() if run}
+    for kind in sorted(kinds - {foresee_kind(job)}):
+        print(f"WARNING: {job.name}, step {job.step}: table \"{job.table}\" has rows of another "
+              f"kind, {' '.join(kind)}; here it is {' '.join(foresee_kind(job))}", flush=True)
+
+
 def main(argv=None):
     """Train what is missing of the chosen experiments; return 1 if a run failed, else 0."""
-    tables = ["steps", "ingredients", "pairs", "times"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     parser.add_argument("--steps", nargs="+", type=int, choices=SCRIPTS, default=[4, 3, 2])
     parser.add_argument("--seeds", nargs="+", type=int, default=TEN)
     args = parser.parse_args(argv)
     status = 0
-    groups = [["steps", "ingredients"], ["pairs"], ["times"]]  # compared: of one kind of machine
-    for step, group in itertools.product(args.steps, groups):
+    for step, table in itertools.product(args.steps, args.tables):
         found = read_runs()
-        jobs = [job for job in EXPERIMENTS if job.step == step and job.table in group]
-        runs = [(job, seed) for seed in TEN for job in jobs if seed in job.seeds]
-        kinds = [find_kind(found[job[:3]][seed]) for job, seed in runs]
-        if len(set(kinds)) == 1 and None not in kinds:
-            continue  # complete, and of one kind
-        missing = [(job, seed) for (job, seed), kind in zip(runs, kinds, strict=True)
-                   if kind != KIND and job.table in args.tables and seed in args.seeds]
-        with ThreadPoolExecutor(1 if "times" in group else 2) as pool:
+        jobs = [job for job in EXPERIMENTS if (job.table, job.step) == (table, step)]
+        missing = [(job, seed) for seed in args.seeds for job in jobs
+                   if seed in find_missing(job, found)]
+        for job in jobs:
+            if set(find_missing(job, found)) & set(args.seeds):
+                warn_of_other_kinds(job, found)
+        with ThreadPoolExecutor(1 if table == "times" else 2) as pool:
             for rows in pool.map(train, missing):
                 status = 1 if rows is None else status
-                if rows:  # those of this table that another kind of machine made go
-                    kept = [row for row in read_rows(CSV) if find_kind([row]) == KIND
-                            or (row["table"], row["step"]) != (rows[0]["table"], str(step))]
-                    write_rows(CSV, kept + rows)
+                if rows:
+                    write_rows(CSV, read_rows(CSV) + rows)
     return status
 
 
