@@ -1,7 +1,6 @@
 """What all steps share: batches, the training loop and the test loop.
 
-Below the dashed line comes what surrounds them: flags, data, speed, saving. It can be skipped, and
-so can most of the imports.
+Below the dashed line comes what surrounds them, and can be skipped: flags, data, speed, saving.
 """
 
 import argparse
@@ -9,13 +8,14 @@ import ast
 import hashlib
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,10 +26,7 @@ from tqdm import tqdm
 
 
 class Loader:
-    """Cuts images (uint8 Nx1x28x28), on the device, and labels (int64 N) into batches.
-
-    A batch: images as `transform` returns them (float32 Bx1x28x28) and their labels (int64 B).
-    """
+    """Cuts images (uint8 Nx1x28x28), on the device, and labels (int64 N) into batches."""
     def __init__(self, name, images, labels, transform, batch_size, shuffle=False):
         self.name = name  # as printed lines call it: "Test", say
         self.images, self.labels = images, labels
@@ -43,7 +40,7 @@ class Loader:
         order = torch.randperm(len(self.images)) if self.shuffle else torch.arange(len(self.images))
         # Transforms a whole batch: image by image, as in a DataLoader, takes longer than training.
         for chosen in order.to(self.images.device).split(self.batch_size):
-            yield self.transform(self.images[chosen]), self.labels[chosen]
+            yield self.transform(self.images[chosen]), self.labels[chosen]  # float32, int64
 
 
 def train(model, loader, optimizer, scheduler=None):
@@ -165,9 +162,8 @@ def choose_device(name):
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:  # one convolution: torch may know a GPU, and yet no longer support it
         device = torch.device(found if name == "auto" else name)
-        images = torch.ones(1, 1, 3, 3, device=device, requires_grad=True)
-        F.conv2d(images, images).sum().backward()
-        images.grad.sum().item()
+        images = torch.ones(1, 1, 3, 3, device=device)
+        F.conv2d(images, images).sum().item()
         if device.index:
             torch.get_device_module(device).set_device(device)
         return device
@@ -183,26 +179,23 @@ def get_loaders(args, train_transform, test_transform):
     raw = args.data_dir / "MNIST/raw"
     if os.path.abspath(args.data_dir) == str(HERE / "data"):
         fill_with_mnist(args.data_dir)
-    read = {split: read_split(raw, split) for split in choose_splits(args)}
-    if args.validate:
-        images, labels = read["train"]
+    needed = ["train"] if args.validate else ["t10k"] if args.evaluate else ["train", "t10k"]
+    splits = {"Training" if key == "train" else "Test": read_split(raw, key) for key in needed}
+    if args.validate:  # hold out the last sixth of the training images, and test on it
+        images, labels = splits["Training"]
         size = len(images) * 5 // 6
         if size == 0:
-            sys.exit(f"--validate splits the training images, but {raw} has only one")
-        parts = {"Training": (images[:size], labels[:size]),
-                 "Validation": (images[size:], labels[size:])}
-        print("--validate: the last sixth of the training images is held out, and tested on")
-    else:
-        names = {"train": "Training", "t10k": "Test"}
-        parts = {names[split]: part for split, part in read.items()}
+            sys.exit(f"--validate needs at least two training images, {raw} has one")
+        splits = {"Training": (images[:size], labels[:size]),
+                  "Validation": (images[size:], labels[size:])}
     limit = args.batch_size if args.smoke else None
     loaders = [None]
-    for name, part in parts.items():
-        images, labels = (tensor[:limit].to(args.device) for tensor in part)
+    for name, split in splits.items():
+        images, labels = (part[:limit].to(args.device) for part in split)
         transform = train_transform if name == "Training" else test_transform
         loaders.append(Loader(name, images, labels, transform, args.batch_size, name == "Training"))
     counts = " and ".join(f"{len(each.images)} {each.name.lower()}" for each in loaders[1:])
-    genuine = all(hash_split(raw, split) == MNIST_SHA256[split] for split in read)
+    genuine = all(hash_split(raw, split) == MNIST_SHA256[split] for split in needed)
     print(f"Data: {counts} images, {'' if genuine else 'not '}MNIST")
     if images.float().mean() > 127.5:
         print("Their mean pixel is above 0.5. MNIST is white on black: are these inverted?")
@@ -225,17 +218,10 @@ def read_split(raw, split):
     return images.unsqueeze(1), labels
 
 
-def choose_splits(args):
-    """Return the splits that a run reads: "train", "t10k" (the test images), or both."""
-    if args.validate:
-        return ["train"]
-    return ["t10k"] if args.evaluate else ["train", "t10k"]
-
-
 def hash_split(raw, split):
-    """Return the SHA-256 of the images and labels of "train" or "t10k", joined."""
+    """Return the SHA-256 of the files of "train" or "t10k", images first, that are there."""
     paths = (raw / f"{split}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+    return hashlib.sha256(b"".join(p.read_bytes() for p in paths if p.is_file())).hexdigest()
 
 
 def fill_with_mnist(data_dir):
@@ -245,7 +231,7 @@ def fill_with_mnist(data_dir):
         return
     timeout = socket.getdefaulttimeout()
     with one_line(f"MNIST cannot be downloaded; unpack its four files into {raw}"):
-        raw.parent.mkdir(parents=True, exist_ok=True)
+        raw.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=raw.parent) as folder:
             try:
                 socket.setdefaulttimeout(10)  # seconds; some mirrors never answer
@@ -260,33 +246,14 @@ def fill_with_mnist(data_dir):
                 socket.setdefaulttimeout(timeout)
             if any(hash_split(new, split) != MNIST_SHA256[split] for split in MNIST_SHA256):
                 raise OSError("the files that came are not MNIST")
-            with suppress(OSError):  # fails if another run was faster
-                if raw.exists():
-                    raw.rmdir()  # on Windows not even an empty folder can be replaced
+            if not any(raw.glob("*")):  # or another run was faster
+                raw.rmdir()  # on Windows not even an empty folder can be replaced
                 os.replace(new, raw)
 
 
-@contextmanager
-def keep_random_state(device):
-    """Put torch's random numbers back in the end: a look at a batch must not change a run."""
-    states = [generator.get_rng_state() for generator in find_generators(device)]
-    yield
-    for generator, state in zip(find_generators(device), states, strict=True):
-        generator.set_rng_state(state)
-
-
-def find_generators(device):
-    """Return the modules that draw the random numbers of a run: torch, and the device's own."""
-    return [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
-
-
 def show_summary(model, loader):
-    """Print the layers of `model`, their output shapes for an image of `loader`, and parameters.
-
-    Exit with 1 if the network does not give ten values an image.
-    """
-    device = next(model.parameters()).device
-    with keep_random_state(device):
+    """Print layers, shapes and weights; exit with 1 if not ten values come out of an image."""
+    with torch.random.fork_rng([], device_type="cpu"):  # a look must not change the run
         images, _ = next(iter(loader))
     summary = torchinfo.summary(model, input_data=images[:1].clone(), verbose=0)
     print(str(summary).replace("(Units.MEGABYTES)", "(M)"))  # from Python 3.11: torchinfo #350
@@ -330,17 +297,14 @@ class FastModel(torch.nn.Module):
 
 
 def speed_up(model, args, train_loader, next_epoch=0):
-    """Return a module that trains the weights of `model` in less time, or `model` itself.
-
-    The first batch of the loader is its full batch; a loader of one batch is not worth it, nor is
-    a run that is finished.
-    """
+    """Return a module that trains the weights of `model` in less time, or `model` itself."""
     bf16 = is_bf16_faster(args.device)
     # Large networks spend their time in convolutions, which compiling does not make faster.
     compiled = args.device.type != "mps" and sum(w.numel() for w in model.parameters()) < 1_000_000
     wanted = not (args.plain or args.smoke) and len(train_loader) > 1 and next_epoch < args.epochs
     fast, how = model, "fp32, not compiled"
-    with keep_random_state(args.device):
+    devices = [] if args.device.type == "cpu" else [args.device]
+    with torch.random.fork_rng(devices, device_type=args.device.type):
         images, labels = next(iter(train_loader))
         if wanted and (bf16 or compiled):
             if compiled:
@@ -348,7 +312,7 @@ def speed_up(model, args, train_loader, next_epoch=0):
             state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             try:  # one batch, forward and backward
                 torch.compiler.reset()  # it compiles eight networks of a process and no more
-                fast = FastModel(model, len(images), bf16, compiled)
+                fast = FastModel(model, len(images), bf16, compiled)  # the first batch is full
                 F.cross_entropy(fast(images), labels).backward()
                 how = f"{'bf16' if bf16 else 'fp32'}, {'' if compiled else 'not '}compiled"
             except Exception as error:  # the compiler can fail for many reasons
@@ -360,28 +324,21 @@ def speed_up(model, args, train_loader, next_epoch=0):
     return fast
 
 
-def read_code(path):
-    """Return the code of a script, without comments and docstrings; of this file, the head."""
-    text = Path(path).read_text("utf-8-sig")
-    tree = ast.parse(text.partition("\n# ------")[0])
-    for node in ast.walk(tree):
-        docstring = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-        if docstring and ast.get_docstring(node) is not None:
-            node.body[0] = ast.Pass()
-    return ast.unparse(tree)
-
-
 class Run:
     """The folder of a run, OUT/SCRIPT-seedS; with --smoke it is not written."""
     def __init__(self, script, args, model, optimizer, scheduler=None):
         self.args, self.model, self.optimizer = args, model, optimizer
+        self.scheduled = scheduler is not None  # otherwise more epochs may just go on
         self.stateful = [optimizer, scheduler] if scheduler else [optimizer]
-        self.generators = find_generators(args.device)
-        hashes = [hash_split(args.data_dir / "MNIST/raw", split) for split in choose_splits(args)]
-        self.settings = {  # what makes the result: a run is resumed only if they are the same
-            "code": read_code(script) + read_code(__file__), "data": "".join(hashes),
+        on_cpu = args.device.type == "cpu"
+        self.generators = [torch] if on_cpu else [torch, torch.get_device_module(args.device)]
+        head = Path(__file__).read_text("utf-8").partition("\n# ----")[0]
+        self.code = f"{Path(script).read_text('utf-8-sig')}\n{head}"
+        hashes = [hash_split(args.data_dir / "MNIST/raw", split)[:8] for split in MNIST_SHA256]
+        self.settings = {
             "epochs": args.epochs, "batch size": args.batch_size, "seed": args.seed,
-            "split": "validation" if args.validate else "test", "device": args.device.type}
+            "split": "validation" if args.validate else "test", "device": args.device.type,
+            "data": " ".join(hashes)}
         self.path = args.out / f"{Path(script).stem}-seed{args.seed}{'-validation' * args.validate}"
         self.rows = []  # of the csv
         if not args.smoke:
@@ -409,9 +366,14 @@ class Run:
         """Go back to the last saved epoch; exit with 1 if it belongs to another run."""
         with one_line(f"{path} cannot be resumed; without --resume a new run starts and keeps it"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            changed = self.compare(checkpoint["settings"])
+            before, now = checkpoint["settings"], self.settings
+            changed = [f"{name}: {before[name]}, now {now[name]}" for name in now
+                       if before[name] != now[name] and (name != "epochs" or self.scheduled)]
+            codes = (re.sub('(?s)""".*?"""', '""', it) for it in (checkpoint["code"], self.code))
+            if len({ast.unparse(ast.parse(code)) for code in codes}) > 1:  # not only in comments
+                changed.append("its code")
             if changed:
-                raise ValueError(f"the result would be that of another run. {', '.join(changed)}")
+                raise ValueError(f"{', '.join(changed)}: its schedule or result would be another")
             load_weights(self.model, path)
             for part, state in zip(self.stateful, checkpoint["states"], strict=True):
                 part.load_state_dict(state)
@@ -420,18 +382,6 @@ class Run:
             self.rows = checkpoint["rows"]
         self.aside = None  # the folder is this run's
         self.write()  # a kill may have come between two files
-
-    def compare(self, before):
-        """Return what has changed since the settings `before`, in words."""
-        changed = []
-        for name, now in self.settings.items():
-            if name == "epochs" and len(self.stateful) == 1:
-                continue  # without a schedule more epochs just go on
-            if name in ("code", "data") and before[name] != now:
-                changed.append(f"another {name}")
-            elif before[name] != now:
-                changed.append(f"{name}: {before[name]}, now {now}")
-        return changed
 
     def save(self, train_loss, train_accuracy, test_loss, test_accuracy):
         """Record the epoch that has just ended; exit with 1 if one of its losses is not finite."""
@@ -453,8 +403,8 @@ class Run:
         """Write into a temporary folder, then move the files: a kill leaves none half-written."""
         header = "epoch,train_loss,train_accuracy,test_loss,test_accuracy,learning_rate,seconds"
         weights = {name: it.cpu().contiguous() for name, it in self.model.state_dict().items()}
-        checkpoint = {"settings": self.settings, "rows": self.rows, "weights": weights,
-                      "states": [part.state_dict() for part in self.stateful],
+        checkpoint = {"code": self.code, "settings": self.settings, "rows": self.rows,
+                      "weights": weights, "states": [part.state_dict() for part in self.stateful],
                       "random": [generator.get_rng_state() for generator in self.generators]}
         new = Path(f"{self.path}.tmp")
         new.mkdir(parents=True, exist_ok=True)  # a run that was killed may have left it

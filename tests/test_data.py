@@ -36,6 +36,14 @@ def test_fewer_images_than_a_batch_in_the_home_folder(train, test, tmp_path, mon
     assert str(raw / "train-images-idx3-ubyte") in refuse(STEP4, *args)
 
 
+def test_batches_and_one_image_too_few(small, tmp_path):
+    args = common.parse_args(flags(small, tmp_path, "--batch-size", 9), "", 1, 1)
+    loaders = common.get_loaders(args, STEP2.train_transform, STEP2.test_transform)
+    assert [[len(labels) for _, labels in loader] for loader in loaders] == [[9, 9, 6], [9, 3]]
+    one = write_data(tmp_path / "one", 1, 1)
+    assert str(one) in refuse(STEP2, *flags(one, tmp_path, "--validate"))
+
+
 def test_validation_holds_out_the_last_sixth_and_wants_no_test_files(tmp_path, capsys):
     raw, cut = (write_data(tmp_path / name, 60, 1) / "MNIST" / "raw" for name in ("raw", "cut"))
     for name in ("images-idx3-ubyte", "labels-idx1-ubyte"):
@@ -44,10 +52,12 @@ def test_validation_holds_out_the_last_sixth_and_wants_no_test_files(tmp_path, c
         write_idx(cut / f"t10k-{name}", items[50:])
         (raw / f"t10k-{name}").unlink()
     STEP4.main(flags(tmp_path / "cut", tmp_path, "--batch-size", 25))
+    capsys.readouterr()
     args = flags(tmp_path / "raw", tmp_path, "--batch-size", 25, "--validate")
     STEP4.main(args)
     printed, run = capsys.readouterr().out, tmp_path / "step4_aug_lr-seed1-validation"
     assert "50 training and 10 validation images" in printed and "Best Validation" in printed
+    assert printed.count("Validation set: ") == 3 and "Test" not in printed
     assert history(run) == history(tmp_path / "step4_aug_lr-seed1")
     before = read_all(tmp_path)
     for mode in ("--smoke", "--resume", f"--evaluate={run / 'weights.pt'}"):
@@ -59,27 +69,35 @@ def test_validation_holds_out_the_last_sixth_and_wants_no_test_files(tmp_path, c
 @pytest.fixture
 def source(tmp_path, monkeypatch):
     """A folder with four small files that pass for MNIST and are what torchvision downloads."""
-    assert common.MNIST_SHA256 == "5f617ad9c21210b06a84523faa989821d0a8990220a212a11ee8fb720bfd5317"
-    folder, timeout = write_data(tmp_path / "source", 30, 20), socket.getdefaulttimeout()
-    joined = b"".join(content for _, content in sorted(read_all(folder).items()))
-    monkeypatch.setattr(common, "MNIST_SHA256", hashlib.sha256(joined).hexdigest())
+    folder, sums = write_data(tmp_path / "source", 30, 20), {}
+    for split in ("train", "t10k"):
+        files = sorted(path for path in folder.rglob(f"{split}*"))  # images, then labels
+        joined = b"".join(path.read_bytes() for path in files)
+        sums[split] = hashlib.sha256(joined).hexdigest()
+    monkeypatch.setattr(common, "MNIST_SHA256", sums)
     monkeypatch.setattr(common, "HERE", tmp_path / "home")
     monkeypatch.setattr(MNIST, "download", lambda self: shutil.copytree(
         folder / "MNIST" / "raw", self.raw_folder))
-    yield folder
-    socket.setdefaulttimeout(timeout)
+    return folder
 
 
-def test_only_an_empty_default_folder_is_filled(source, tmp_path, capsys):
+def test_only_an_empty_default_folder_is_filled(source, tmp_path, monkeypatch, capsys):
     data, elsewhere = tmp_path / "home" / "data", tmp_path / "elsewhere"
     assert str(elsewhere) in refuse(STEP2, *SMOKE, "--data-dir", elsewhere)
     assert not elsewhere.exists() and not data.exists()
     (data / "MNIST" / "raw").mkdir(parents=True)  # left behind by a download that failed
-    STEP2.main(SMOKE)
+    with monkeypatch.context() as patch:  # as on Windows, where no folder can be replaced
+        patch.setattr(os, "replace", lambda old, new: os.path.isdir(new) or os.rename(old, new))
+        STEP2.main(SMOKE)
     assert read_all(data) == read_all(source)
     (data / "MNIST" / "raw" / "emnist-test-images-idx3-ubyte").write_bytes(b"a further file")
     STEP2.main(SMOKE)
     assert capsys.readouterr().out.count("images, MNIST\n") == 2
+    shutil.copytree(data, tmp_path / "tests alone", ignore=shutil.ignore_patterns("train*"))
+    torch.save(STEP2.Net().state_dict(), tmp_path / "weights")
+    options = f"--data-dir={tmp_path / 'tests alone'}", f"--evaluate={tmp_path / 'weights'}"
+    STEP2.main(["--device=cpu", *options])
+    assert "20 test images, MNIST\n" in capsys.readouterr().out
     lost = data / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
     lost.unlink()
     assert str(lost) in refuse(STEP2, *SMOKE)
@@ -92,6 +110,7 @@ def test_downloads_that_fail(source, tmp_path, monkeypatch, capsys):
         timeouts.append(socket.getdefaulttimeout())
         raise OSError("no route")
 
+    before = socket.getdefaulttimeout()
     timeouts, data, raw = [], tmp_path / "home" / "data", source / "MNIST" / "raw"
     monkeypatch.setattr(MNIST, "download", lambda self: shutil.copytree(
         raw, self.raw_folder, ignore=shutil.ignore_patterns("t10k*")))
@@ -102,6 +121,7 @@ def test_downloads_that_fail(source, tmp_path, monkeypatch, capsys):
         refuse(STEP2, *SMOKE)
     assert "no route" in capsys.readouterr().out and not read_all(data)
     assert 0 < timeouts[0] <= 60  # seconds; some mirrors never answer
+    assert socket.getdefaulttimeout() == before  # a notebook goes on with its own
     with tarfile.open(tmp_path / "package.tgz", "w:gz") as package:
         package.add(raw, "package/data")
     (tmp_path / "npm").write_text(  # and another run is faster

@@ -1,8 +1,6 @@
-"""One oracle: a plain training loop that must give what a real run of each step gives.
+"""One oracle: a plain training loop that must give what a real run of each step gives."""
 
-Only the random affine of step 4 comes from common.py; test_augmentation.py tests it.
-"""
-
+import copy
 import functools
 import re
 import runpy
@@ -14,10 +12,11 @@ from conftest import ROOT, STEPS, write_data
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader, TensorDataset
 
 import common
 
-TRAIN, TEST = 5, 5  # images; the last batch of 2 or 3 is a short one
+TRAIN, TEST = 7, 7  # images; the last batch of 2 or 3 is a short one
 DOCUMENTED = {"LEARNING_RATE": 0.01, "MOMENTUM": 0.9, "DROPOUT": 0.1, "EPOCHS": 2, "BATCH_SIZE": 2}
 IN_STEP4 = {"LEARNING_RATE": 0.1, "WARM_UP": 0.15, "WEIGHT_DECAY": 5e-4, "DROPOUT": 0.03}
 EDITED = {"LEARNING_RATE": 0.02, "MOMENTUM": 0.6, "DROPOUT": 0.4, "EPOCHS": 1, "BATCH_SIZE": 3,
@@ -50,6 +49,12 @@ def make_network(step, dropout):
     return nn.Sequential(*layers, nn.Flatten())
 
 
+def augment(images):
+    """Return images as step 4 trains on them; test_augmentation.py tests what they look like."""
+    maps = torch.eye(2, 3) + 0.12 * (2 * torch.rand(len(images), 2, 3) - 1)
+    return F.grid_sample(images, F.affine_grid(maps, images.shape, False), align_corners=False)
+
+
 def expect(step, folder, bf16=False, edited=False):
     """Train a step as documented, or EDITED; return its network and the figures of csv and log."""
     its = DOCUMENTED | (IN_STEP4 if step == "step4" else {}) | (EDITED if edited else {})
@@ -62,9 +67,9 @@ def expect(step, folder, bf16=False, edited=False):
     if bf16:
         network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), rate, its["MOMENTUM"])
-    augment, schedule, figures = nn.Identity(), None, []
+    change, schedule, figures = nn.Identity(), None, []
     if step == "step4":
-        augment = common.RandomAffine(degrees=8, shear=4, scale=(0.93, 1.07), translate=0.06)
+        change = augment
         optimizer.param_groups[0].update(nesterov=True, weight_decay=its["WEIGHT_DECAY"])
         schedule = OneCycleLR(optimizer, rate, its["EPOCHS"] * batches, pct_start=its["WARM_UP"],
                               cycle_momentum=False)
@@ -73,7 +78,7 @@ def expect(step, folder, bf16=False, edited=False):
         total_loss = correct = 0
         for chosen in torch.randperm(TRAIN).split(size):
             network.zero_grad()
-            inputs = (augment(images[chosen] * (1 / 255)) - 0.1307) / 0.3081
+            inputs = (change(images[chosen] * (1 / 255)) - 0.1307) / 0.3081
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and len(chosen) == size):
                 output = network(inputs)
             loss = F.nll_loss(F.log_softmax(output.float(), dim=1), labels[chosen])
@@ -114,6 +119,9 @@ def check_run(step, folder, capsys, *more, **how):
         assert float(loss) == pytest.approx(float(row[3]), abs=6e-5)  # four digits, not six
     # Half of the sixth digit, the last, and as much for sums that round in another order.
     assert figures == pytest.approx(expected, rel=0, abs=1e-6)
+    tested = expected[4::14]
+    best = f"Best Test Accuracy: {max(tested):.2f} (Epoch {tested.index(max(tested))})"
+    assert f"{best}\nLast Test Accuracy: {tested[-1]:.2f} (Epoch {len(tested) - 1})\n" in log
     wanted = list(network.state_dict().values())
     for weights in torch.load(path / "weights.pt", weights_only=True), model.state_dict():
         torch.testing.assert_close(list(weights.values()), wanted, atol=1e-5, rtol=0)
@@ -155,7 +163,8 @@ def test_run(step, cpu, how, tmp_path, capsys, monkeypatch, compiler):
     compiler.fails = how
     more = ["--epochs=2", "--batch-size=2", *(["--plain"] if how == "--plain" else [])]
     model, log = check_run(step, tmp_path, capsys, *more, bf16=how == "bf16")
-    assert f"Device: cpu, {cpu['cpu_name'] if cpu else 'unknown CPU'}, " in log
+    assert f"Device: cpu, {cpu['cpu_name'] if cpu else 'unknown CPU'}, 1 threads" in log
+    assert ("may take a minute" in log) == (how != "--plain" and step != "step1")
     if how in ("bf16", "fp32") and step != "step1":
         assert f", {how}, compiled\n" in log and set(compiler.sizes) == {2}
         assert len(compiler.sizes) >= 2 * (TRAIN // 2), "only a trial was compiled"
@@ -164,6 +173,33 @@ def test_run(step, cpu, how, tmp_path, capsys, monkeypatch, compiler):
         assert ("not compiled (" in log) == (how in ("torch.compile", "backend"))
         assert not compiler.sizes
     assert type(model) is STEPS[step].Net and "forward" not in vars(model)  # to copy and pickle
+
+
+def test_networks_and_loaders_of_ones_own(compiler, capsys, monkeypatch):
+    """Nine in one process, with a frozen layer and a DataLoader of 4, whatever --batch-size is."""
+    monkeypatch.setattr(common, "CPU", AMD)
+    args = common.parse_args(["--device=cpu", "--epochs=1", "--batch-size=64"], "", 1, 1)
+    for _ in range(9):
+        model = STEPS["step3"].Net()
+        model.layers[0].requires_grad_(False)
+        images, labels = torch.rand(10, 1, 28, 28), torch.randint(10, (10,))
+        loader = DataLoader(TensorDataset(images, labels), batch_size=4, shuffle=True)
+        state, before = torch.get_rng_state(), copy.deepcopy(model.state_dict())
+        common.show_summary(model, loader)
+        fast = common.speed_up(model, args, loader)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(map(torch.equal, before.values(), model.state_dict().values()))
+        compiler.sizes.clear()
+        common.train(fast, loader, torch.optim.SGD(model.parameters(), 0.01))
+        assert set(compiler.sizes) == {4}
+        capsys.readouterr()
+        loss, _ = common.test(model, loader)
+        assert loss == pytest.approx(F.cross_entropy(model(images), labels).item(), abs=1e-5)
+        assert "\nTest set: " in capsys.readouterr().out
+    compiler.sizes.clear()
+    common.speed_up(model, args, [next(iter(loader))])  # a single batch
+    common.speed_up(model, args, loader, next_epoch=1)  # a finished run
+    assert not compiler.sizes and capsys.readouterr().out.count("not compiled") == 2
 
 
 @pytest.mark.parametrize("step", STEPS)

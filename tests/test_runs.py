@@ -10,6 +10,7 @@ import re
 import runpy
 import shutil
 import signal
+import sys
 import time
 import types
 from pathlib import Path
@@ -17,7 +18,8 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, STEPS, flags, history, read_all, refuse, start, write_data
+from conftest import (
+    ROOT, SCRIPTS, STEPS, call, flags, history, read_all, refuse, start, write_data)
 
 import common
 
@@ -45,7 +47,8 @@ def interrupt(step, args, tests):
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_resumed_run_is_the_run_never_stopped(name, small, finished, tmp_path, capsys):
+def test_resumed_run_is_the_run_never_stopped(
+        name, small, finished, tmp_path, capsys, monkeypatch):
     step, args = STEPS[name], flags(small, tmp_path, "--batch-size", 16)
     run, peace = (folder / f"{SCRIPTS[name].stem}-seed1" for folder in (tmp_path, finished))
     whole, args = history(peace), [*args, "--resume"]
@@ -61,7 +64,9 @@ def test_resumed_run_is_the_run_never_stopped(name, small, finished, tmp_path, c
     (run / "history.csv").unlink()
     torch.save({}, run / "weights.pt")
     capsys.readouterr()
-    step.main(args)  # a finished run
+    monkeypatch.setattr(step.Net, "cpu", lambda self: self.requires_grad_(False), raising=False)
+    model = step.main(args)  # a finished run
+    assert not model.training and not next(model.parameters()).requires_grad  # on the CPU
     assert "EPOCH" not in capsys.readouterr().out and history(run) == whole
     before = read_all(tmp_path)
     step.main([*args[:-1], "--smoke"])
@@ -121,7 +126,7 @@ def test_nothing_is_overwritten(small, tmp_path):
     assert [content["history.csv"].count(b"\n") for content in contents] == [3, 4, 2, 2]
 
 
-def test_resume_after_changes(small, tmp_path, capsys):
+def test_resume_after_changes(small, tmp_path, capsys, monkeypatch):
     """Some change nothing, but perhaps the rounding; the others would make it another run."""
     script = Path(shutil.copy(SCRIPTS["step2"], tmp_path / "step2_mine (1).py"))
     text, moved = script.read_text("utf-8"), shutil.copytree(small, tmp_path / "moved")
@@ -129,16 +134,62 @@ def test_resume_after_changes(small, tmp_path, capsys):
     args = flags(small, tmp_path / "out", "--batch-size", 64, "--resume")  # too large to compile
     interrupt(step, args, tests=2)
     checkpoint = next(tmp_path.rglob("checkpoint.pt"))
-    content = torch.load(checkpoint)
-    script.write_text(f"# Mine.\n{text}", "utf-8")
+    script.write_text("# Mine.\n" + text.replace("Return a convol", "A convol"), "utf-8")
     step.main([*args[1:], "--data-dir", str(moved)])  # not --plain
-    assert re.findall(r"EPOCH: (\d)", capsys.readouterr().out) == ["1", "2"]
-    torch.save(content | {"settings": content["settings"] | {"device": "cuda"}}, checkpoint)
+    step.main([*args, "--epochs=5"])  # at a constant rate it may go on
+    printed = capsys.readouterr().out
+    assert re.findall(r"EPOCH: (\d)", printed) == list("01234"[1:])
+    tested = [float(row.split(",")[4]) for row in history(checkpoint.parent)[0].split()[1:]]
+    best = f"Best Test Accuracy: {max(tested):.2f} (Epoch {tested.index(max(tested))})"
+    assert printed.endswith(f"{best}\nLast Test Accuracy: {tested[-1]:.2f} (Epoch 4)\n")
+    content, before = torch.load(checkpoint), read_all(tmp_path / "out")
+    other = write_data(tmp_path / "other", 24, 11)
+    (checkpoint.parent.rename(f"{checkpoint.parent}-validation"))
+    line = refuse(step, *args, "--batch-size=65", f"--data-dir={other}", "--validate")
+    assert all(word in line for word in ("64, now 65", "test, now validation", "data"))
+    (Path(f"{checkpoint.parent}-validation").rename(checkpoint.parent))
     script.write_text(re.sub("(LEARNING_RATE = ).*", r"\1 0.5", text), "utf-8")
-    before, other = read_all(tmp_path / "out"), write_data(tmp_path / "other", 24, 11)
-    line = refuse(step, *args, "--epochs=5", "--batch-size=65", f"--data-dir={other}")
-    assert line.endswith("another script, epochs, batch size, device, data")
+    assert "code" in refuse(step, *args, "--epochs=5")
+    script.write_text(text, "utf-8")
+    edited = (ROOT / "common.py").read_text("utf-8").replace("optimizer.step()", "pass")
+    (tmp_path / "common.py").write_text(edited, "utf-8")
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    assert "code" in refuse(step, *args, "--epochs=5")
     assert read_all(tmp_path / "out") == before
+    torch.save(content | {"settings": content["settings"] | {"device": "cuda"}}, checkpoint)
+    assert "cuda, now cpu" in refuse(step, *args, "--epochs=5")
+
+
+def test_a_schedule_cannot_go_on(small, tmp_path):
+    args = flags(small, tmp_path, "--batch-size", 16, "--resume", "--epochs")
+    STEPS["step4"].main([*args, "1"])
+    before = read_all(tmp_path)
+    assert "epochs: 1, now 2" in refuse(STEPS["step4"], *args, "2")
+    assert read_all(tmp_path) == before
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_folder_without_a_checkpoint_is_kept(more, small, finished, tmp_path):
+    kept = read_all(shutil.copytree(finished / RUN2, tmp_path / RUN2))
+    (tmp_path / RUN2 / "checkpoint.pt").unlink()
+    STEP2.main([*flags(small, tmp_path, "--batch-size", 16), *more])
+    del kept["checkpoint.pt"]
+    assert read_all(tmp_path / f"{RUN2}.1") == kept
+    assert history(tmp_path / RUN2) == history(finished / RUN2)
+
+
+def test_two_seeds_at_once(small, finished, tmp_path, monkeypatch):
+    """The second runs while the first saves."""
+    def save_late(*args, save=torch.save):
+        monkeypatch.setattr(torch, "save", save)
+        other = [sys.executable, SCRIPTS["step2"], *flags(small, tmp_path), "--seed=2"]
+        assert call(*other)[0] == 0
+        save(*args)
+
+    monkeypatch.setattr(torch, "save", save_late)
+    STEP2.main(flags(small, tmp_path, "--batch-size", 16))
+    assert len(read_all(tmp_path)) == 6
+    assert history(tmp_path / RUN2) == history(finished / RUN2)
 
 
 DATA = IMAGES, LABELS = "t10k-images-idx3-ubyte", "train-labels-idx1-ubyte"
@@ -156,6 +207,8 @@ DAMAGES = [
     ("too few", [LABELS], lambda path: conftest.write_idx(path, torch.zeros(23).byte())),
     ("up to 23", [LABELS], lambda path: conftest.write_idx(path, torch.arange(24).byte())),
     ("code in a zip", SAVED, lambda path: torch.save({"weights": TRAP}, path)),
+    ("layer missing", SAVED, lambda path: torch.save(torch.load(path) | {"weights": dict(list(
+        torch.load(path.with_name(WEIGHTS)).items())[:-1])}, path)),
     ("other step", SAVED, lambda path: torch.save(STEPS["step4"].Net().state_dict(), path)),
     ("not finite", SAVED, lambda path: torch.save(torch.load(path) | {"weights": {
         name: tensor / 0 for name, tensor in torch.load(path.with_name(WEIGHTS)).items()}}, path)),
@@ -198,6 +251,12 @@ def test_wrong_flags(wrong, small, tmp_path, monkeypatch, capsys):
     assert "EPOCH" not in printed.out and read_all(tmp_path) == {"file": b"mine"}
 
 
+def test_flags_in_a_notebook(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["kernel", "--epochs=7"])
+    assert common.parse_args([], "", 1, 1).epochs == 1
+    assert common.parse_args(None, "", 1, 1).epochs == 7
+
+
 def test_seconds_and_a_loss_that_is_not_finite(small, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", itertools.count(0, 7).__next__)
     model, args = STEP2.Net(), common.parse_args(flags(small, tmp_path), "", 1, 1)
@@ -216,7 +275,7 @@ def test_seconds_and_a_loss_that_is_not_finite(small, tmp_path, monkeypatch):
 def test_auto_takes_an_accelerator_that_works(there, taken, small, monkeypatch, capsys):
     """torch computes on "meta" too, but without numbers: asked for one, it fails."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(there))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(there or "cpu"))
     STEP2.main(["--smoke", "--data-dir", str(small)])
     printed = capsys.readouterr().out
     assert f"Device: {taken}," in printed and ("meta" in printed) == (there == "meta")

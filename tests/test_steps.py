@@ -9,8 +9,9 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, STEPS, call, flags, read_all, start, write_data
+from conftest import ROOT, SCRIPTS, STEPS, call, flags, read_all, refuse, start, write_data
 from torch import nn
+from torchvision.transforms import v2
 
 import common
 
@@ -20,7 +21,7 @@ def check_log(text, epochs, batches):
     bar = (rf"Loss=\d+\.\d+(e-\d+)? Batch_id={batches - 1} Accuracy=\d+\.\d\d: 100%\|█{{10}}\| "
            rf"{batches}/{batches} \[\d\d:\d\d<00:00, +\d+\.\d\d(it/s|s/it)\]")
     test = r"Test set: Average loss: \d+\.\d{4}, Accuracy: \d+/\d+ \(\d+\.\d\d%\)"
-    wanted = r"Device: .*\nData: .*\n=+\n(?s:.*)\n=+\nSettings: .*, seed 1, .*\n(Saving to .*\n)?"
+    wanted = r"Device: .*\nData: .*\n=+\n(?s:.*)\n=+\n(Saving to .*\n)?Settings: .*, seed 1, .*\n"
     wanted += "".join(f"EPOCH: {epoch}\n{bar}\n\n{test}\n\n" for epoch in range(epochs))
     wanted += "".join(rf"{it} Test Accuracy: \d+\.\d\d \(Epoch \d\)\n" for it in ("Best", "Last"))
     assert re.fullmatch(wanted, text), text
@@ -34,6 +35,26 @@ def test_smoke(step, small, tmp_path, capsys):
     assert printed.count("Total params: ") == 1
     assert "(M)" in printed and "Units." not in printed and "fp32, not compiled\n" in printed
     check_log(printed, epochs=1, batches=1)
+
+
+@pytest.mark.parametrize(("layers", "gives"), [
+    ([nn.Conv2d(1, 10, 14, stride=14), nn.Flatten()], "40"),  # padded by a learner, say
+    ([nn.Conv2d(1, 10, 28)], "10x1x1"), ([nn.Flatten(), nn.Linear(784, 9)], "9")])
+def test_network_that_does_not_give_ten_values(layers, gives, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(STEPS["step2"], "Net", lambda: nn.Sequential(*layers))
+    line = refuse(STEPS["step2"], *flags(small, tmp_path / "out"))
+    assert f" {gives} " in line and " 10" in line and not (tmp_path / "out").exists()
+
+
+def test_images_of_another_shape(small, tmp_path, monkeypatch, capsys):
+    """A copy may resize, or repeat the channel, for a network that wants it."""
+    step, model = STEPS["step2"], nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    bigger = v2.Compose([step.test_transform, v2.Resize(32), lambda it: it.repeat(1, 3, 1, 1)])
+    monkeypatch.setattr(step, "train_transform", bigger)
+    monkeypatch.setattr(step, "test_transform", bigger)
+    monkeypatch.setattr(step, "Net", lambda: model)
+    step.main(flags(small, tmp_path))
+    assert "[1, 3072]" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals here")
@@ -57,12 +78,14 @@ def test_log_in_a_pipe_and_bar_on_a_terminal(tmp_path, monkeypatch):
     assert max(map(len, bars)) <= 80 and re.search(r"%\|.{10}\| \d+/600", bars[0])
 
 
-def test_figures_and_a_line_a_minute_where_no_bar_moves(monkeypatch, capsys):
+@pytest.mark.parametrize("terminal", [False, True])
+def test_figures_and_a_line_a_minute_where_no_bar_moves(terminal, monkeypatch, capsys):
     """A batch takes a second here; the network stays as it is, so its figures are known."""
     def slow(images):
         clock.append(len(clock))
         return images / 255
 
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     clock, images, labels = [0], torch.randint(256, (130, 1, 28, 28)), torch.randint(10, (130,))
     monkeypatch.setattr(time, "perf_counter", lambda: clock[-1])
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
@@ -74,7 +97,8 @@ def test_figures_and_a_line_a_minute_where_no_bar_moves(monkeypatch, capsys):
     assert kept == [False] * 130
     accuracies = 100 * (output.argmax(dim=1) == labels).cumsum(0) / torch.arange(1, 131)
     losses = nn.functional.cross_entropy(output, labels, reduction="none")
-    figures = re.findall(r"Loss=(.+) Batch_id=(.+) Accuracy=(.+): .*130", "".join(printed))
+    assert printed.err.count("130 batches in all\n") == (0 if terminal else 2)
+    figures = re.findall(r"Loss=(\S+) Batch_id=(\S+) Accuracy=(\S+): .*130", "".join(printed))
     for loss, batch, accuracy in figures:
         assert float(accuracy) == pytest.approx(accuracies[int(batch)].item(), abs=0.006)
         assert float(loss) == pytest.approx(losses[int(batch)].item(), abs=1e-5)
