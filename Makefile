@@ -4,7 +4,8 @@ PY := .venv/bin/python
 ARGS :=
 OUT := runs
 STEP := 4
-SEEDS := 1 2 3
+SEEDS := 1 2 3 4 5
+RUNS = $(OUT)/*
 A := 3
 B := 4
 FOUR := step1_setup.py step2_skeleton.py step3_bn_gap.py step4_aug_lr.py
@@ -18,18 +19,17 @@ CHECKED := $(foreach step,$(filter step%,$(MAKECMDGOALS)),$(call script,$(step))
 VALIDATION = $(if $(filter --validate,$(ARGS)),-validation)
 PAIR = $(call script,$(A)) $(call script,$(B))
 WITHOUT_DOCSTRING := 'NR == 1 && /^"""/ { head = !/""".*"""/; next } head { head = !/"""/; next } 1'
-
-# With these, Python loses its library, asserts or common.py, and pip installs elsewhere or nothing.
-unexport PYTHONHOME PYTHONOPTIMIZE PYTHONSAFEPATH PIP_DRY_RUN PIP_PREFIX PIP_ROOT PIP_TARGET
 usable = "$(1)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	{ echo "$(1) is missing or older than Python 3.10. $(2)" >&2; exit 1; }
+version = "$(1)" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null
 # Where Python was upgraded in place, the packages are still in the old one's folder: reinstall.
 HAS_PACKAGES := -c 'import os, sysconfig; os.listdir(sysconfig.get_path("purelib"))' 2>/dev/null
 # uv makes a .venv without pip. What pip sees in PYTHONPATH would be missing in .venv: so -I.
 INSTALL := { $(PY) -I -m pip --version || $(PY) -I -m ensurepip; } >/dev/null 2>&1; \
-	PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 $(PY) -I -m pip install --disable-pip-version-check
+	PIP_USER=0 $(PY) -I -m pip install --disable-pip-version-check
 .NOTPARALLEL:  # two trainings at once would only slow each other down
-.PHONY: help setup data all smoke seeds diff test lint bench verify results clean $(STEPS)
+.PHONY: help setup data all smoke seeds diff digit graphs test lint bench verify results $(STEPS)
+.PHONY: clean
 help: ## List the targets
 	@echo 'Usage: make TARGET [ARGS="--epochs 1 --seed 2"]. A copy: make step2_mine'
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,10 @@ setup: ## Make .venv with PYTHON=python3, unless it is there; install requiremen
 	@test -e .venv -o -h .venv || { $(call usable,$(PYTHON),Try: make setup PYTHON=python3.12); \
 		"$(PYTHON)" -m venv .venv; }
 	@$(call usable,$(PY),Remove .venv and run make setup.)
+	@test "$(origin PYTHON)" != "command line" || { \
+		was=$$($(call version,$(PY))); test "$$was" = "$$($(call version,$(PYTHON)))" || \
+		echo ".venv is kept: it has Python $$was, $(PYTHON) is another version or missing." \
+			"For a new one: rm -r .venv, then make setup PYTHON=$(PYTHON)" >&2; }
 	@{ cmp -s requirements.txt .venv/requirements.txt && $(PY) $(HAS_PACKAGES); } || \
 		{ $(INSTALL) -r requirements.txt && cp -f requirements.txt .venv; }
 data: setup ## Get MNIST into data/, unless it is there; the steps do so by themselves
@@ -51,16 +55,21 @@ $(STEPS): setup
 all: step1 step2 step3 step4 ## Train all four steps
 smoke: setup ## Run one batch of every step
 	@set -e; for script in $(FOUR); do $(PY) $$script --smoke $(ARGS); done
-# --seed and --out come last so that they override ARGS. --smoke leaves no files to report on.
-seeds: setup ## Train STEP=4 with each of SEEDS="1 2 3" into OUT=runs; print mean and spread
-	@$(foreach seed,$(SEEDS),$(PY) $(call script,$(STEP)) $(ARGS) --seed $(seed) --out "$(OUT)" &&) \
-		$(if $(filter --smoke,$(ARGS)),:,$(PY) results/report.py \
-		$(SEEDS:%="$(OUT)/$(basename $(call script,$(STEP)))-seed%$(VALIDATION)"))
+# --seed and --out come last so that they override ARGS.
+seeds: setup ## Train STEP="4 4_mine" with each of SEEDS="1 2 3 4 5" into OUT=runs; compare them
+	@$(foreach seed,$(SEEDS),$(foreach step,$(STEP),\
+		$(PY) $(call script,$(step)) $(ARGS) --seed $(seed) --out "$(OUT)" &&)) \
+		$(PY) results/report.py $(foreach step,$(STEP),\
+		$(SEEDS:%="$(OUT)/$(basename $(call script,$(step)))-seed%$(VALIDATION)"))
 diff: ## Show what step B=4 changes in the code of A=3; DOCS=1: in the docstrings too
 	@folder=$$(mktemp -d) || exit; trap 'rm -rf "$$folder"' EXIT; for script in $(PAIR); do awk \
 		$(if $(DOCS),1,$(WITHOUT_DOCSTRING)) $$script >"$$folder/$$script"; done; cd "$$folder" || exit; \
 	$$(command -v git >/dev/null && echo git --no-pager diff --no-index || echo diff -u) $(PAIR) || \
 		test $$? -eq 1 -o $$? -eq 141  # they differ; `| head` has read enough
+digit: setup ## Ask step 4's network which digit IMAGE=photo.jpg shows
+	@$(PY) results/digit.py $(if $(IMAGE),"$(IMAGE)") $(ARGS)
+graphs: setup ## Draw the curves of RUNS="runs/..." (all) into the folder of the first
+	@$(INSTALL) --quiet "matplotlib>=3.10" && $(PY) results/graphs.py $(RUNS)
 test: setup ## Run the tests: they need neither MNIST nor the internet
 	@$(PY) -m pytest $(ARGS)
 lint: setup ## Check the style with ruff
