@@ -1,28 +1,30 @@
-"""Step 2: 300 times fewer weights: 131 wrong digits instead of 74.
+"""Step 2: 300 times fewer weights, nearly twice the mistakes. Too few, or badly trained?
 
 Tried
-    A small network: 20,750 weights, one weight for three training images. Why small? It runs
-    anywhere, and the course's challenge is 99.4 % with fewer than 10,000 weights (step 4 meets it).
-    Two things save weights: few channels, at most 32, and 1x1 convolutions, which mix the channels
-    of each pixel. A 3x3 from 32 to 20 channels has 5,760 weights (3 x 3 x 32 x 20); a 1x1 from 32
-    to 10 channels and then a 3x3 to 20 have 320 + 1,800.
+    A small network: 20,750 weights, one for three training images. Two things save weights: few
+    channels, at most 32, and 1x1 convolutions, which mix the channels of each pixel. A 3x3 from 32
+    to 20 channels has 5,760 weights (3 x 3 x 32 x 20); a 1x1 from 32 to 10 channels and then a 3x3
+    to 20 have 320 + 1,800.
 
 Came out (5 runs of 15 epochs)
-    The small network works, but less well: 131 of 10,000 test digits are wrong after the last
-    epoch (step 1: 74). Test accuracy is 98.69 %, in the best epoch of a run 98.99 %. (Course:
-    98.69 %, in its best epoch.)
+    The small network works, but less well: @WRONG2@ of 10,000 test digits are wrong in the end (step 1:
+    74). Test accuracy is @ACC2@ %, in the best epoch of a run @BEST2@ %. (Course: 98.69 %.)
 
-Why 57 more? Two suspects
-    Too few weights: it does not even learn by heart, 452 of 60,000 training digits are wrong (step
-    1: 26).
-    Or bad training: the first epoch's loss is 1.53; pure guessing gives ln 10 = 2.303. PyTorch
-    draws the first weights so small that each layer shrinks its values to about 0.41 of their size;
-    after eight layers a thousandth or two are left. (In step 1, with wider layers and biases, a
-    hundredth.) He et al. (2015) draw larger weights: the first loss is then 0.31. In the end 109
-    digits are wrong instead of 131, but this may be chance.
+Two suspects
+    Too few weights: it cannot even learn its training digits by heart. @TRAIN2@ of 60,000 are wrong in
+    the end (step 1: 26).
+    Bad training: it starts slowly. The first epoch's loss is @FIRST2@; a guess gives 2.303, the natural
+    logarithm of 10. PyTorch draws small first weights, so before training the values get a thousand
+    times smaller on their way through eight layers (the falling line of results/step2.png).
 
-Left open
-    Which of the two is it? Step 3 finds out.
+Exercise
+    Which one is it? Batch normalization stops the falling; if the network then learns by heart, it
+    had weights enough. Predict, then copy this file to step2_mine.py, add below nn.ReLU() in block
+        nn.BatchNorm2d(out_channels),
+    and run `make step2_mine`, three to ten minutes. Step 3 opens with the answer.
+    Or keep the values up by larger first weights (He et al., 2015): in main, below model = ..., add
+        for weights in model.parameters(): nn.init.kaiming_uniform_(weights)
+    The answer is in results/README.md.
 """
 
 import torch
@@ -34,7 +36,7 @@ from common import Run, get_loaders, load_weights, parse_args, show_summary, spe
 EPOCHS = 15  # the course's
 BATCH_SIZE = 128  # the course's; 469 batches an epoch
 LEARNING_RATE = 0.01  # the course's, the same for every batch
-MOMENTUM = 0.9  # the course's; a step follows the gradient + 0.9 x the last step's direction
+MOMENTUM = 0.9  # the course's; each update adds 0.9 of the one before, so it keeps its direction
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
 
 train_transform = v2.Compose([
@@ -48,7 +50,7 @@ test_transform = v2.Compose([  # separate: step 4 augments training images only
 
 
 def block(in_channels, out_channels, kernel_size=3):
-    """Return a convolution and its ReLU; no biases or padding, as in the course's network."""
+    """Return a convolution and its ReLU. (Why no biases? The course has none; we kept that.)"""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, bias=False),
         nn.ReLU(),
@@ -58,8 +60,8 @@ def block(in_channels, out_channels, kernel_size=3):
 class Net(nn.Module):
     """Takes normalized images Nx1x28x28, returns logits Nx10: the highest marks the digit.
 
-    The receptive field (RF) is the side of the input square that one output value depends on. A
-    layer adds kernel size - 1, doubled for each pool before it: a 3x3 adds 2, after a pool 4.
+    The receptive field (RF) is the side of the input square that one output value depends on: after
+    one 3x3 it is 1 + 2 = 3, after two 5, after a pool 6. Then a 3x3 adds twice as much: 6 + 4 = 10.
     """
 
     def __init__(self):
@@ -69,11 +71,11 @@ class Net(nn.Module):
             block(10, 20),  # 24x24x20 | RF 5
             block(20, 32),  # 22x22x32 | RF 7
             nn.MaxPool2d(2),  # 11x11x32 | RF 8
-            block(32, 10, kernel_size=1),  # 11x11x10 | RF 8
+            block(32, 10, kernel_size=1),  # 11x11x10 | RF 8: fewer channels for the next layer
             block(10, 20),  # 9x9x20 | RF 12
             block(20, 32),  # 7x7x32 | RF 16
             block(32, 10, kernel_size=1),  # 7x7x10 | RF 16
-            nn.Conv2d(10, 10, 7, bias=False),  # 1x1x10 | RF 28
+            nn.Conv2d(10, 10, 7, bias=False),  # 1x1x10 | RF 28: weighs all 7x7 positions
         )
 
     def forward(self, images):
@@ -91,12 +93,12 @@ def main(argv=None):
         load_weights(model, args.evaluate)
         return test(model, test_loader)
     optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
-    run = Run(__file__, args, model, optimizer)  # with --resume: back to the last epoch
-    fast = speed_up(model, args, train_loader, run.next_epoch)  # the same weights, trained faster
+    run = Run(__file__, args, model, optimizer)  # saves it; with --resume: goes on
+    fast = speed_up(model, args, train_loader, run.next_epoch)  # the same weights, less precise
     for epoch in range(run.next_epoch, args.epochs):
         print(f"EPOCH: {epoch}")
         train_loss, train_accuracy = train(fast, train_loader, optimizer)
-        test_loss, test_accuracy = test(model, test_loader)
+        test_loss, test_accuracy = test(model, test_loader)  # not fast: precise
         run.save(train_loss, train_accuracy, test_loss, test_accuracy)
     return model.cpu().eval()  # ready to use
 

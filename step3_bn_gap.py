@@ -37,8 +37,8 @@ from common import Run, get_loaders, load_weights, parse_args, show_summary, spe
 EPOCHS = 15  # the course's
 BATCH_SIZE = 128  # the course's; 469 batches an epoch
 LEARNING_RATE = 0.01  # the course's, the same for every batch
-MOMENTUM = 0.9  # the course's; a step follows the gradient + 0.9 x the last step's direction
-DROPOUT = 0.1  # probability that a channel is set to zero in training (course: single values)
+MOMENTUM = 0.9  # the course's; each update adds 0.9 of the one before, so it keeps its direction
+DROPOUT = 0.1  # share of channels set to 0 in training; of single values (course) neighbours tell
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
 
 train_transform = v2.Compose([
@@ -64,8 +64,8 @@ def block(in_channels, out_channels):
 class Net(nn.Module):
     """Takes normalized images Nx1x28x28, returns logits Nx10: the highest marks the digit.
 
-    The receptive field (RF) is the side of the input square that one output value depends on. A
-    layer adds kernel size - 1, doubled for each pool before it: a 3x3 adds 2, after a pool 4.
+    The receptive field (RF) is the side of the input square that one output value depends on: after
+    one 3x3 it is 1 + 2 = 3, after two 5, after a pool 6. Then a 3x3 adds twice as much: 6 + 4 = 10.
     """
 
     def __init__(self):
@@ -97,12 +97,12 @@ def main(argv=None):
         load_weights(model, args.evaluate)
         return test(model, test_loader)
     optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
-    run = Run(__file__, args, model, optimizer)  # with --resume: back to the last epoch
-    fast = speed_up(model, args, train_loader, run.next_epoch)  # the same weights, trained faster
+    run = Run(__file__, args, model, optimizer)  # saves it; with --resume: goes on
+    fast = speed_up(model, args, train_loader, run.next_epoch)  # the same weights, less precise
     for epoch in range(run.next_epoch, args.epochs):
         print(f"EPOCH: {epoch}")
         train_loss, train_accuracy = train(fast, train_loader, optimizer)
-        test_loss, test_accuracy = test(model, test_loader)
+        test_loss, test_accuracy = test(model, test_loader)  # not fast: precise
         run.save(train_loss, train_accuracy, test_loss, test_accuracy)
     return model.cpu().eval()  # ready to use
 

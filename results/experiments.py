@@ -23,8 +23,6 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
 CSV = HERE / "experiments.csv"
-MACHINE = {"machine": common.CPU.get("cpu_name", "unknown CPU"),
-           "torch": str(common.torch.__version__)}
 SCRIPTS = {1: "step1_setup", 2: "step2_skeleton", 3: "step3_bn_gap", 4: "step4_aug_lr"}
 LOG = re.compile(  # what the first lines of a run tell
     r"^Device: cpu\W+(?P<machine>.+?)\)?, (?P<threads>\d+) threads?, torch (?P<torch>\S+)$"
@@ -141,13 +139,11 @@ def find_kind(row):
 
 def foresee_kind(job):
     """Return the kind of the rows that a run of this experiment would have here."""
-    threads = os.cpu_count() if job.table == "times" else 1
     plain = "--plain" in job.flags
     bf16 = common.is_bf16_faster(common.torch.device("cpu")) and not plain
-    compiled = "not compiled" if plain or job.step == 1 else "compiled"
-    precision = "bf16" if bf16 else "fp32"
-    return find_kind(MACHINE | {
-        "threads": str(threads), "precision": precision, "compiled": compiled})
+    return (common.CPU.get("cpu_name", "unknown CPU"), str(common.torch.__version__),
+            str(os.cpu_count() if job.table == "times" else 1), "bf16" if bf16 else "fp32",
+            "not compiled" if plain or job.step == 1 else "compiled")
 
 
 def train(run):
@@ -176,25 +172,23 @@ def train(run):
 
 
 def find_missing(job, found):
-    """Return the seeds of an experiment whose runs are not there yet."""
-    seeds = [seed for seed in job.seeds if seed not in found[job[:3]]]
-    if job.table == "steps":  # a folder may be there without a log
-        seeds = [seed for seed in seeds if not (HERE / f"{SCRIPTS[job.step]}-seed{seed}").exists()]
-    return seeds
-
-
-def find_group(job):
-    """Return what experiments have in common whose rows should be of one kind."""
-    return job.step, job.table if job.table in ("pairs", "times") else "the rest", job.flags
+    """Return the seeds of an experiment whose runs, or folders, are not there yet."""
+    folders = [HERE / f"{SCRIPTS[job.step]}-seed{seed}" for seed in job.seeds]
+    return [seed for seed, folder in zip(job.seeds, folders, strict=True)
+            if seed not in found[job[:3]] and not (job.table == "steps" and folder.exists())]
 
 
 def warn_of_other_kinds(job, found):
-    """Print a line if the rows of the experiment's table were made on another kind of machine."""
-    alike = [other for other in EXPERIMENTS if find_group(other) == find_group(job)]
-    kinds = {find_kind(run[-1]) for other in alike for run in found[other[:3]].values() if run}
-    for kind in sorted(kinds - {foresee_kind(job)}):
-        print(f"WARNING: {job.name}, step {job.step}: table \"{job.table}\" has rows of another "
-              f"kind, {' '.join(kind)}; here it is {' '.join(foresee_kind(job))}", flush=True)
+    """Print a line if the experiment's table has rows of another kind than a run would be here."""
+    apart = ("pairs", "times")  # the tables that are not compared with others
+    for other in EXPERIMENTS:
+        together = other.table == job.table or not {other.table, job.table} & set(apart)
+        if together and (other.step, other.flags) == (job.step, job.flags):
+            for run in found[other[:3]].values():
+                if find_kind(run[-1]) != foresee_kind(job):
+                    print(f"WARNING: {job[:3]} will be {foresee_kind(job)}, "
+                          f"but {other[:3]} is {find_kind(run[-1])}", flush=True)
+                    return
 
 
 def main(argv=None):
@@ -211,7 +205,7 @@ def main(argv=None):
         missing = [(job, seed) for seed in args.seeds for job in jobs
                    if seed in find_missing(job, found)]
         for job in jobs:
-            if set(find_missing(job, found)) & set(args.seeds):
+            if job in [one for one, _ in missing]:
                 warn_of_other_kinds(job, found)
         with ThreadPoolExecutor(1 if table == "times" else 2) as pool:
             for rows in pool.map(train, missing):

@@ -1,63 +1,152 @@
-"""Draw the curves of the given runs into the first one's folder, or the pictures of results/."""
+"""Draw the runs in the given folders or, without any, the pictures of results/."""
 
+import argparse
+import math
+import os
 import sys
+import textwrap
 from pathlib import Path
 from statistics import fmean
 
+os.environ["MPLBACKEND"] = "agg"  # needs no screen; a notebook's value fails on import
+
+import report
 import torch
-from experiments import HERE, ROOT, common, read_runs
+from experiments import HERE, ROOT, common, write_rows
 from matplotlib import pyplot as plt
-from matplotlib.ticker import LogLocator
-from report import STEPS, read_folders
+from PIL import Image
 
-from step4_aug_lr import test_transform, train_transform
+import step4_aug_lr as step4
 
-PANELS = {"logged training loss": "train_loss", "logged wrong training digits, %": "train_accuracy",
-          "learning rate after the epoch": "learning_rate", "test loss": "test_loss",
-          "wrong test digits, %": "test_accuracy"}  # title: column of the history
-COLOURS = plt.cycler(color=["black", "#d95f02", "#2171b5", "#41ab5d", "purple", "brown", "grey"])
-plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "axes.grid": True, "grid.alpha": 0.3,
-                     "figure.constrained_layout.use": True, "axes.prop_cycle": COLOURS})
+DARK, LIGHT = "#12355b", "#ee8722"  # in grey too
+plt.rcParams.update({
+    "font.size": 10, "axes.titlesize": 10, "figure.titlesize": 12, "axes.grid": True,
+    "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 160,
+    "figure.constrained_layout.use": True, "axes.formatter.min_exponent": 4})
 
 
-def draw_curves(groups, tested="test"):
-    """Draw a curve for each run of groups of runs; a group has one colour."""
-    _, axes = plt.subplots(2, 3, num="curves", figsize=(11, 6.4))
-    for axis, (title, name) in zip(axes.flat, PANELS.items(), strict=False):
-        for number, (label, runs) in enumerate(groups.items()):
-            for run in runs:
-                values = [float(row[name]) for row in run]
-                if "wrong" in title:
-                    values = [max(100 - value, 0.01) for value in values]
-                axis.plot(values, ".-", color=f"C{number}", linewidth=0.8, markersize=4,
-                          label=label if run is runs[0] else None)
-        axis.set(title=title.replace("test", tested), xlabel="epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        if name != "learning_rate":
-            axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.minorticks_off()
-    axes[1, 2].axis("off")
-    axes[1, 2].legend(*axes[0, 0].get_legend_handles_labels(), loc="center",
-                      title="each line is a run")
+def write(axis, words, place, colour, offset=(8, -4)):
+    """Write words beside a place in a panel, `offset` points away."""
+    axis.annotate(words, place, offset, textcoords="offset points", color=colour, weight="bold")
 
 
-def draw_drilldown(groups):
-    """Draw parameters against test accuracy: our runs, and what the course reports."""
-    _, axis = plt.subplots(num="drilldown", figsize=(8.5, 4.8))
-    for step, (_, weights, course) in STEPS.items():
-        last = [float(run[-1]["test_accuracy"]) for run in groups[f"step {step}"]]
-        mean = fmean(last)
-        label = f"step {step}: {weights:,} weights, {100 * (100 - mean):.0f} of 10,000 digits wrong"
-        axis.errorbar(weights, mean, [[mean - min(last)], [max(last) - mean]], capsize=4,
-                      color=f"C{step - 1}", marker="o", markersize=8, label=label)
-        axis.plot(weights, course, "x", color="#e6007e", markersize=7, markeredgewidth=2,
-                  zorder=4, label="the course: best epoch of its one run" if step == 4 else None)
-    axis.set(xscale="log", xlim=(3e3, 2e7), xlabel="weights (parameters) of the network, log scale",
-             ylabel="test accuracy, last epoch, %: mean and range of the runs",
-             title="In four steps from 6.4 million weights to 9,538, and to fewer wrong digits")
-    axis.legend(loc="lower right")
+def draw_lines(axis, runs, column, colour, style="-", label=None):
+    """Draw a thin line for each run, and a thick one for their mean; return the mean."""
+    series = [report.get_series(run, column) for run in runs]
+    mean = [fmean(values) for values in zip(*series, strict=True)]
+    for values in series:
+        axis.plot(values, style, color=colour, linewidth=0.7, markersize=0, alpha=0.6)
+    axis.plot(mean, style, color=colour, linewidth=2, markersize=4, label=label)
+    return mean
+
+
+def draw_dots(axis, rows):
+    """Draw rows, (name, runs, colour), of dots: wrong digits of each run, their mean as a tick."""
+    for number, (_, runs, colour) in enumerate(rows):
+        mean = fmean(report.count_wrong(runs))
+        axis.plot(report.count_wrong(runs), [number] * len(runs), "o", color=colour, markersize=4)
+        axis.plot(mean, number, "|", color=colour, markersize=20, markeredgewidth=3)
+        write(axis, f"{mean:.0f}", (mean, number), colour, (-7, 12))
+    axis.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    axis.set(xlim=(0, None), ylim=(len(rows) - 0.5, -0.8), xlabel="wrong digits of 10,000")
+    axis.grid(axis="y", visible=False)
+
+
+def draw_images(name, images, words, title):
+    """Draw images (28x28), ten in a row, with words above each."""
+    rows = math.ceil(len(images) / 10)
+    figure, axes = plt.subplots(rows, 10, num=name, figsize=(8, 0.95 * rows + 0.6), squeeze=False)
+    figure.suptitle(title)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, word in zip(axes.flat, images, words, strict=False):
+        axis.imshow(image, cmap="gray")
+        axis.set_title(word)
+
+
+def draw_step1(runs):
+    """Draw how training and test part: their losses, and their wrong digits."""
+    figure, axes = plt.subplots(1, 2, num="step1", figsize=(8, 3.9))
+    figure.suptitle("Step 1 learns its training digits by heart: on them it goes on improving,\n"
+                    "but after epoch 5 it gets hardly better at test digits")
+    for axis, column, title in ((axes[0], "loss", "loss"),
+                                (axes[1], "accuracy", "wrong digits of 10,000")):
+        for part, words, colour, style in (("train", "training digits", DARK, "o-"),
+                                           ("test", "test digits", LIGHT, "s--")):
+            mean = draw_lines(axis, runs, f"{part}_{column}", colour, style)
+            write(axis, words, (8, mean[8]), colour, (4, 10))
+        axis.set(title=f"{title}, log scale", xlabel="epoch", yscale="log")
+        axis.yaxis.set_major_formatter("{x:g}")
+
+
+def draw_step2(rows):
+    """Draw how large step 2's values are after each layer, a line a variant."""
+    figure, axis = plt.subplots(num="step2", figsize=(8, 4.2))
+    figure.suptitle("Before training, step 2's values shrink a thousandfold on their way;\n"
+                    "He initialization or batch normalization keeps them up")
+    for name, colour, style in (("as it is", DARK, "o-"), ("He initialization", LIGHT, "s--"),
+                                ("batch normalization", "black", "^:")):
+        values = [float(row[name]) for row in rows]
+        axis.plot(values, style, color=colour, linewidth=2)
+        write(axis, name, (8, values[-1]), colour)
+    axis.set(xlim=(-0.3, 10.5), yscale="log",
+             ylabel="size of the values (root mean square), log scale")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.set_xticks(range(9), ["input", *range(1, 8), "layer 8"])
+
+
+def draw_step3(jobs):
+    """Draw the wrong digits of steps 2 and 3, as they are and with one part changed."""
+    figure, axis = plt.subplots(num="step3", figsize=(8, 4.4))
+    figure.suptitle("Batch normalization is what counts: with it (dark)\n"
+                    "both networks get far fewer digits wrong than without it (light)")
+    without = (2, "as it is"), (3, "no batch normalization"), (
+        3, "He initialization, no batch normalization")
+    draw_dots(axis, [(f"step {job.step}:\n{job.name}", runs,
+                      LIGHT if (job.step, job.name) in without else DARK) for job, runs in jobs])
+
+
+def draw_step4(runs):
+    """Draw four schedules of the learning rate, and what augmentation saves."""
+    figure, axes = plt.subplots(2, 3, num="step4", figsize=(8, 5.8))
+    figure.suptitle("A high rate that falls gets the fewest digits wrong;\n"
+                    "augmentation helps where there are few digits to learn from")
+    for axis, name, title, colour, style in (
+            (axes[0, 0], "constant 0.01", "a constant 0.01", DARK, ":"),
+            (axes[0, 1], "constant 0.1", "a constant 0.1", LIGHT, ":"),
+            (axes[1, 0], "peak 0.01", "0.01, falling", DARK, "-"),
+            (axes[1, 1], "as it is", "0.1, falling (step 4)", LIGHT, "-")):
+        axis.set(title=title, ylim=(0, 250), xlim=(-0.5, 17), xlabel="epoch",
+                 ylabel="wrong test digits of 10,000" if axis in axes[:, 0] else "")
+        if name in runs:
+            mean = draw_lines(axis, runs[name], "test_accuracy", colour)
+            write(axis, f"{mean[-1]:.0f}", (len(mean) - 1, mean[-1]), colour, (3, -4))
+            draw_lines(axes[0, 2], runs[name][:1], "learning_rate", colour, style)
+    axes[0, 2].set(title="the four rates", xlabel="epoch")
+    draw_dots(axes[1, 2], [(words, runs[name], colour) for words, name, colour in (
+        ("3,000\nas they are", "3,000 digits, no augmentation", LIGHT),
+        ("3,000\naugmented", "3,000 digits", DARK),
+        ("60,000\nas they are", "no augmentation", LIGHT),
+        ("60,000\naugmented", "as it is", DARK)) if name in runs])
+    axes[1, 2].set_title("training digits")
+
+
+def draw_drilldown(jobs):
+    """Draw weights against wrong digits: our runs, and what the course reports."""
+    figure, axis = plt.subplots(num="drilldown", figsize=(8, 4.5))
+    figure.suptitle("In four steps from 6.4 million weights to 9,538, and to fewer wrong digits")
+    for job, runs in jobs:
+        weights, course = report.STEPS[job.step]
+        mean = fmean(report.count_wrong(runs))
+        axis.plot([weights] * len(runs), report.count_wrong(runs), "o", color=DARK, markersize=4)
+        axis.plot(weights, mean, "o", color=DARK, markersize=10)
+        axis.plot(weights, course, "x", color=LIGHT, markersize=9, markeredgewidth=2.5)
+        write(axis, f"step {job.step}: {weights:,} weights,\n{mean:.0f} wrong digits",
+              (weights, mean), DARK, (14, -9) if job.step > 1 else (-160, -9))
+    write(axis, "the course: best epoch of its one run", report.STEPS[3], LIGHT, (12, 2))
+    axis.set(xscale="log", xlim=(3e3, 2e7), ylim=(0, None), xlabel="weights, log scale",
+             ylabel="wrong digits of 10,000, last epoch:\neach run, and their mean")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def draw_augmentation():
@@ -65,32 +154,96 @@ def draw_augmentation():
     images, labels = common.read_split(ROOT / "data/MNIST/raw", "train")
     chosen = images[[labels.tolist().index(digit) for digit in range(10)]]
     torch.manual_seed(1)
-    rows = [test_transform(chosen), *(train_transform(chosen) for _ in range(5))]
-    figure, axes = plt.subplots(6, 10, num="augmentation", figsize=(8.5, 5.5))
-    for axis, image in zip(axes.flat, torch.cat(rows)[:, 0], strict=True):
-        axis.imshow(image, cmap="gray")
-        axis.axis("off")
-    figure.suptitle("Top row: training digits. Below: what five epochs may see instead")
+    rows = [step4.test_transform(chosen), *(step4.train_transform(chosen) for _ in range(5))]
+    most = step4.AUGMENTATION
+    draw_images("augmentation", torch.cat(rows)[:, 0], [""] * 60, (
+        "Top row: training digits. Below: what five epochs may see instead, turned, slanted,\n"
+        f"stretched and shifted, at most about {math.degrees(math.atan(most)):.0f} degrees, "
+        f"{100 * most:.0f} % and {14 * most:.1f} pixels"))
+
+
+def draw_wrong(path):
+    """Draw the test digits that step 4 gets wrong with the weights of seed 1."""
+    network = step4.Net()
+    common.load_weights(network, path)
+    images, labels = common.read_split(ROOT / "data/MNIST/raw", "t10k")
+    wrong = report.find_wrong(network, step4.test_transform, images, labels)
+    draw_images("wrong", [images[index, 0] for index, _, _ in wrong],
+                [f"{label} → {answer}" for _, label, answer in wrong],
+                f"The {len(wrong)} test digits that step 4 (seed 1) gets wrong: "
+                "label → the network's answer")
+
+
+def draw_results():
+    """Draw the pictures of results/, each if its runs are there."""
+    rows = report.measure_activations()
+    write_rows(HERE / "activations.csv", rows)
+    draw_step2(rows)
+    draw_augmentation()
+    draw_step3(report.find_runs([2, 3], ["steps", "ingredients"]))
+    tried = report.find_runs([4], ["steps", "ingredients", "digits"])
+    draw_step4({job.name: runs for job, runs in tried})
+    steps = report.find_runs(report.STEPS, ["steps"])
+    draw_drilldown(steps)
+    for job, runs in steps:
+        if job.step == 1:
+            draw_step1(runs)
+    weights = HERE / "step4_aug_lr-seed1" / "weights.pt"
+    if weights.exists():
+        draw_wrong(weights)
+
+
+def draw_folders(runs):
+    """Draw loss, wrong digits and rate, a column a run; of more than four the tests, in one."""
+    many = len(runs) > 4
+    figure, axes = plt.subplots(3, 1 if many else len(runs), num="curves", figsize=(8, 8),
+                                squeeze=False, sharex=True, sharey="row")
+    for number, (path, run) in enumerate(runs.items()):
+        left = f", {len(run)} of {run[-1]['planned']} epochs" * (len(run) < run[-1]["planned"])
+        head = f"{path.resolve().parent.name}/{path.resolve().name}{left}"
+        tested = "validation" if "-validation" in head else "test"
+        lines = [("train", "training, as logged", DARK, "o-"), ("test", tested, LIGHT, "s--")]
+        if many:
+            lines = [("test", f"{head} ({tested})", f"C{number}", "osv^D"[number % 5] + "-")]
+        column = axes[:, 0 if many else number]
+        for part, label, colour, style in lines:
+            draw_lines(column[0], [run], f"{part}_loss", colour, style, label)
+            draw_lines(column[1], [run], f"{part}_accuracy", colour, style)
+        draw_lines(column[2], [run], "learning_rate", *lines[0][2:])
+        column[0].set_title("" if many else textwrap.fill(head, 84 // len(runs)))
+        column[2].set_xlabel("epoch")
+        column[2].xaxis.get_major_locator().set_params(integer=True)
+    axes[0, 0].set(ylabel="loss", yscale="log")
+    axes[1, 0].set_yscale("symlog", linthresh=10)  # it can show 0
+    axes[1, 0].set(ylabel="wrong digits of 10,000", ylim=(0, None))
+    axes[2, 0].set(ylabel="learning rate", ylim=(0, None))
+    handles = {label: handle for axis in axes[0] for handle, label in zip(
+        *axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center")
 
 
 def main():
-    """Draw the runs that the command line names or, if none, the pictures of results/."""
-    paths = [Path(argument) for argument in sys.argv[1:]]
-    if paths:
-        tested = "validation" if "-validation" in paths[0].resolve().name else "test"
-        draw_curves({f"{path}, {len(run)} of {run[-1].get('planned', len(run))} epochs": [run]
-                     for path, run in read_folders(paths).items()}, tested)
-    else:
-        runs = read_runs()
-        groups = {f"step {step}": list(runs["steps", step, "as it is"].values()) for step in STEPS}
-        draw_curves(groups)
-        draw_drilldown(groups)
-        draw_augmentation()
+    """Draw, save, and say where; return 1 if a folder cannot be drawn."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of runs")
+    paths = {path.resolve(): path for path in parser.parse_args().runs}.values()
+    runs = {}
+    for path in paths:
+        try:
+            runs |= report.read_folders([path])
+        except SystemExit as error:
+            print(error, file=sys.stderr)
+    if runs:
+        draw_folders(runs)
+    elif not paths:
+        draw_results()
     for name in plt.get_figlabels():
-        path = (paths or [HERE])[0] / f"{name}.png"
-        plt.figure(name).savefig(path, dpi=200, metadata={"Software": None})
+        path = next(iter(runs), HERE) / f"{name}.png"
+        plt.figure(name).savefig(path, metadata={"Software": None})
+        Image.open(path).convert("RGB").quantize(64).save(path)  # a third of the bytes
         print(f"Drawn: {path}")
+    return int(len(runs) < len(paths))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
