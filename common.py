@@ -36,7 +36,7 @@ class Loader:
         return math.ceil(len(self.images) / self.batch_size)
 
     def __iter__(self):
-        # Shuffled in training, so that each epoch has other batches, and each batch all digits.
+        # Shuffled in training, so that each epoch has other batches.
         order = torch.randperm(len(self.images)) if self.shuffle else torch.arange(len(self.images))
         # Transforms a whole batch: image by image, as in a DataLoader, takes longer than training.
         for chosen in order.to(self.images.device).split(self.batch_size):
@@ -255,7 +255,7 @@ def show_summary(model, loader):
     """Print layers, shapes and weights; exit with 1 if not ten values come out of an image."""
     with torch.random.fork_rng([], device_type="cpu"):  # a look must not change the run
         images, _ = next(iter(loader))
-    summary = torchinfo.summary(model, input_data=images[:1].clone(), verbose=0)
+    summary = torchinfo.summary(model, input_data=images[:1].clone(), verbose=0, mode="eval")
     print(str(summary).replace("(Units.MEGABYTES)", "(M)"))  # from Python 3.11: torchinfo #350
     shape = summary.summary_list[0].output_size[1:]
     if list(shape) != [10]:

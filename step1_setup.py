@@ -11,11 +11,11 @@ Came out (2 runs of 15 epochs; an epoch is one pass over the 60,000 training ima
     reports 99.26 %: the best epoch of its one run. Ours is 99.32 %.)
 
 Why
-    The network overfits: it has so many weights that it learns its training digits by heart, and
-    this hardly helps with new ones. Look at results/step1.png: after epoch 5 (the first is 0) the
-    training loss falls to a fifth or less, but the test loss rises a little, and the wrong test
-    digits go up and down between 68 and 99. So the network is good, but heavy, and two thirds of
-    its training were almost useless: after epoch 5 about 80 digits were wrong.
+    The network overfits: it learns its training digits by heart, and this hardly helps with new
+    ones. Look at results/step1.png: after epoch 5 (the first is 0) the training loss falls to a
+    fifth or less, but the test loss rises a little, and the number of wrong test digits goes up and
+    down between 68 and 99. So the network is good, but heavy, and nine of its fifteen epochs hardly
+    helped: after epoch 5 about 80 digits were wrong.
 
 Left open
     Do we need millions of weights? Step 2 tries 300 times fewer. (You need not wait an hour for
@@ -31,7 +31,7 @@ from common import Run, get_loaders, load_weights, parse_args, show_summary, spe
 EPOCHS = 15  # the course's
 BATCH_SIZE = 128  # the course's; 469 batches an epoch
 LEARNING_RATE = 0.01  # the course's, the same for every batch
-MOMENTUM = 0.9  # the course's; each update adds 0.9 of the one before, so it keeps its direction
+MOMENTUM = 0.9  # the course's; an update adds 0.9 of the one before, so it keeps its direction
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
 
 train_transform = v2.Compose([
@@ -55,15 +55,15 @@ def block(in_channels, out_channels, padding=0):
 class Net(nn.Module):
     """Takes normalized images Nx1x28x28, returns logits Nx10: the highest marks the digit.
 
-    The receptive field (RF) is the side of the input square that one output value depends on: after
-    one 3x3 it is 1 + 2 = 3, after two 5, after a pool 6. Then a 3x3 adds twice as much: 6 + 4 = 10.
+    The receptive field (RF) is the side of the input square that one output value depends on. Two
+    3x3, a pool and a 3x3 see 1 + 2 + 2 + 1 + 4 = 10 pixels: after a pool, a layer adds double.
     """
 
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(  # height x width x channels of the output | RF
             block(1, 32, padding=1),  # 28x28x32 | RF 3: padding (zeros around) keeps 28x28
-            block(32, 64, padding=1),  # 28x28x64 | RF 5: each layer may tell more kinds of shapes
+            block(32, 64, padding=1),  # 28x28x64 | RF 5: more channels for more kinds of shapes
             nn.MaxPool2d(2),  # 14x14x64 | RF 6
             block(64, 128, padding=1),  # 14x14x128 | RF 10
             block(128, 256, padding=1),  # 14x14x256 | RF 14
@@ -89,11 +89,11 @@ def main(argv=None):
         return test(model, test_loader)
     optimizer = optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
     run = Run(__file__, args, model, optimizer)  # saves it; with --resume: goes on
-    fast = speed_up(model, args, train_loader, run.next_epoch)  # the same weights, less precise
+    fast = speed_up(model, args, train_loader, run.next_epoch)  # trains the same weights faster
     for epoch in range(run.next_epoch, args.epochs):
         print(f"EPOCH: {epoch}")
         train_loss, train_accuracy = train(fast, train_loader, optimizer)
-        test_loss, test_accuracy = test(model, test_loader)  # not fast: precise
+        test_loss, test_accuracy = test(model, test_loader)  # `model`: in full precision
         run.save(train_loss, train_accuracy, test_loss, test_accuracy)
     return model.cpu().eval()  # ready to use
 
