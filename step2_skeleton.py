@@ -18,13 +18,11 @@ Two suspects
     through eight layers: the falling line of results/step2.png.
 
 Exercise
-    Which one is it? Normalized values (what that is, step 3 says) cannot fall. Does the network
-    learn by heart then? Predict; copy this file to step2_mine.py; in block, below nn.ReLU(), add
+    Which one is it? Batch normalization keeps the values of each channel at mean 0 and variance 1,
+    so they cannot die out. Does the network learn by heart then? Predict. Copy this file to
+    step2_mine.py; below the line of nn.ReLU in its block, add
         nn.BatchNorm2d(out_channels),
-    and run `make step2_mine`, three to ten minutes. Step 3 opens with the answer. Larger first
-    weights (He et al., 2015) keep the values up too. In main, below model = ..., add
-        for weights in model.parameters(): nn.init.kaiming_uniform_(weights)
-    See the first train_loss in history.csv; the answer is in results/README.md.
+    and run `make step2_mine`, three to ten minutes. Step 3 opens with the answer.
 """
 
 import torch

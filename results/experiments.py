@@ -28,7 +28,7 @@ LOG = re.compile(  # what the first lines of a run tell
     r"^Device: cpu\W+(?P<machine>.+?)\)?, (?P<threads>\d+) threads?, torch (?P<torch>\S+)$"
     r".*?^Settings: .*?(?P<precision>fp32|bf16), (?P<compiled>(not )?compiled)", re.M | re.S)
 
-SCHEDULER = """OneCycleLR(  # steps after every batch: a StepLR must count batches, not epochs
+SCHEDULER = """OneCycleLR(  # counts batches, not epochs; so would any other, StepLR say
         optimizer, LEARNING_RATE, args.epochs * len(train_loader),
         pct_start=WARM_UP, cycle_momentum=False)"""
 NO_SCHEDULE = (SCHEDULER, "None")  # an edit: old text, new text
@@ -171,26 +171,6 @@ def train(run):
         return [first | row | told for row in read_rows(made / "history.csv")]
 
 
-def find_missing(job, found):
-    """Return the seeds of an experiment whose runs, or folders, are not there yet."""
-    folders = [HERE / f"{SCRIPTS[job.step]}-seed{seed}" for seed in job.seeds]
-    return [seed for seed, folder in zip(job.seeds, folders, strict=True)
-            if seed not in found[job[:3]] and not (job.table == "steps" and folder.exists())]
-
-
-def warn_of_other_kinds(job, found):
-    """Print a line if the experiment's table has rows of another kind than a run would be here."""
-    apart = ("pairs", "times")  # the tables that are not compared with others
-    for other in EXPERIMENTS:
-        together = other.table == job.table or not {other.table, job.table} & set(apart)
-        if together and (other.step, other.flags) == (job.step, job.flags):
-            for run in found[other[:3]].values():
-                if find_kind(run[-1]) != foresee_kind(job):
-                    print(f"WARNING: {job[:3]} will be {foresee_kind(job)}, "
-                          f"but {other[:3]} is {find_kind(run[-1])}", flush=True)
-                    return
-
-
 def main(argv=None):
     """Train what is missing of the chosen experiments; return 1 if a run failed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -201,15 +181,20 @@ def main(argv=None):
     status = 0
     for step, table in itertools.product(args.steps, args.tables):
         found = read_runs()
-        jobs = [job for job in EXPERIMENTS if (job.table, job.step) == (table, step)]
-        missing = [(job, seed) for seed in args.seeds for job in jobs
-                   if seed in find_missing(job, found)]
-        for job in jobs:
-            if job in [one for one, _ in missing]:
-                warn_of_other_kinds(job, found)
+        missing = []
+        for job in [job for job in EXPERIMENTS if (job.table, job.step) == (table, step)]:
+            seeds = [seed for seed in job.seeds if seed in args.seeds and seed not in found[job[:3]]
+                     and (table != "steps" or not (HERE / f"{SCRIPTS[step]}-seed{seed}").exists())]
+            missing += [(job, seed) for seed in seeds]
+            beside = [run for other in EXPERIMENTS for run in found[other[:3]].values()
+                      if (other.step, other.flags) == (step, job.flags)]
+            kinds = {find_kind(run[-1]) for run in beside} - {foresee_kind(job)}
+            if seeds and kinds:
+                print(f"WARNING: {job[:3]} will be {foresee_kind(job)}, but others are {kinds}")
+        missing.sort(key=lambda run: run[1])  # every experiment with seed 1, then with seed 2
         with ThreadPoolExecutor(1 if table == "times" else 2) as pool:
             for rows in pool.map(train, missing):
-                status = 1 if rows is None else status
+                status |= rows is None
                 if rows:
                     write_rows(CSV, read_rows(CSV) + rows)
     return status

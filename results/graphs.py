@@ -30,57 +30,62 @@ def write(axis, words, place, colour, offset=(8, -4)):
     axis.annotate(words, place, offset, textcoords="offset points", color=colour, weight="bold")
 
 
-def draw_lines(axis, runs, column, colour, style="-", label=None):
+def draw_lines(axis, runs, column, colour, style="-"):
     """Draw a thin line for each run, and a thick one for their mean; return the mean."""
-    series = [report.get_series(run, column) for run in runs]
-    mean = [fmean(values) for values in zip(*series, strict=True)]
-    for values in series:
-        axis.plot(values, style, color=colour, linewidth=0.7, markersize=0, alpha=0.6)
-    axis.plot(mean, style, color=colour, linewidth=2, markersize=4, label=label)
+    epochs = list(zip(*(report.get_series(run, column) for run in runs), strict=True))
+    mean = list(map(fmean, epochs))
+    axis.plot(epochs, style, color=colour, linewidth=0.7, markersize=0, alpha=0.6)
+    axis.plot(mean, style, color=colour, linewidth=2, markersize=4)
     return mean
 
 
 def draw_dots(axis, rows):
     """Draw rows, (name, runs, colour), of dots: wrong digits of each run, their mean as a tick."""
     for number, (_, runs, colour) in enumerate(rows):
-        mean = fmean(report.count_wrong(runs))
-        axis.plot(report.count_wrong(runs), [number] * len(runs), "o", color=colour, markersize=4)
-        axis.plot(mean, number, "|", color=colour, markersize=20, markeredgewidth=3)
-        write(axis, f"{mean:.0f}", (mean, number), colour, (-7, 12))
+        wrong = report.count_wrong(runs)
+        axis.plot(wrong, [number] * len(wrong), "o", color=colour, markersize=4)
+        axis.plot(fmean(wrong), number, "|", color=colour, markersize=20, markeredgewidth=3)
+        write(axis, f"{fmean(wrong):.0f}", (fmean(wrong), number), colour, (-7, 12))
     axis.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     axis.set(xlim=(0, None), ylim=(len(rows) - 0.5, -0.8), xlabel="wrong digits of 10,000")
     axis.grid(axis="y", visible=False)
 
 
-def draw_images(name, images, words, title):
-    """Draw images (28x28), ten in a row, with words above each."""
-    rows = math.ceil(len(images) / 10)
-    figure, axes = plt.subplots(rows, 10, num=name, figsize=(8, 0.95 * rows + 0.6), squeeze=False)
-    figure.suptitle(title)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, word in zip(axes.flat, images, words, strict=False):
-        axis.imshow(image, cmap="gray")
-        axis.set_title(word)
-
-
-def draw_step1(runs):
-    """Draw how training and test part: their losses, and their wrong digits."""
+def draw_steps():
+    """Draw how training and test part in step 1, and all steps' weights and wrong digits."""
+    found = {job.step: runs for job, runs in report.find_runs(report.STEPS, ["steps"])}
     figure, axes = plt.subplots(1, 2, num="step1", figsize=(8, 3.9))
     figure.suptitle("Step 1 learns its training digits by heart: on them it goes on improving,\n"
                     "but after epoch 5 it gets hardly better at test digits")
-    for axis, column, title in ((axes[0], "loss", "loss"),
-                                (axes[1], "accuracy", "wrong digits of 10,000")):
+    for axis, column, title in zip(
+            axes, ("loss", "accuracy"), ("loss", "wrong digits of 10,000"), strict=True):
         for part, words, colour, style in (("train", "training digits", DARK, "o-"),
                                            ("test", "test digits", LIGHT, "s--")):
-            mean = draw_lines(axis, runs, f"{part}_{column}", colour, style)
+            mean = draw_lines(axis, found[1], f"{part}_{column}", colour, style)
             write(axis, words, (8, mean[8]), colour, (4, 10))
         axis.set(title=f"{title}, log scale", xlabel="epoch", yscale="log")
         axis.yaxis.set_major_formatter("{x:g}")
 
+    figure, axis = plt.subplots(num="drilldown", figsize=(8, 4.5))
+    figure.suptitle("In four steps from 6.4 million weights to 9,538, and to fewer wrong digits")
+    for step, runs in found.items():
+        weights, course = report.STEPS[step]
+        wrong = report.count_wrong(runs)
+        axis.plot([weights] * len(wrong), wrong, "o", color=DARK, markersize=4)
+        axis.plot(weights, fmean(wrong), "o", color=DARK, markersize=10)
+        axis.plot(weights, course, "x", color=LIGHT, markersize=9, markeredgewidth=2.5)
+        write(axis, f"step {step}: {weights:,} weights,\n{fmean(wrong):.0f} wrong digits",
+              (weights, fmean(wrong)), DARK, (14 if step > 1 else -160, -9))
+    write(axis, "the course: best epoch of its one run", report.STEPS[3], LIGHT, (12, 2))
+    axis.set(xscale="log", xlim=(3e3, 2e7), ylim=(0, None), xlabel="weights, log scale",
+             ylabel="wrong digits of 10,000, last epoch:\neach run, and their mean")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
 
-def draw_step2(rows):
-    """Draw how large step 2's values are after each layer, a line a variant."""
+
+def draw_normalization():
+    """Draw how large step 2's values are after each layer, and what parts of step 3 are worth."""
+    rows = report.measure_activations()
+    write_rows(HERE / "activations.csv", rows)
     figure, axis = plt.subplots(num="step2", figsize=(8, 4.2))
     figure.suptitle("Before training, step 2's values shrink a thousandfold on their way;\n"
                     "He initialization or batch normalization keeps them up")
@@ -94,20 +99,20 @@ def draw_step2(rows):
     axis.yaxis.set_major_formatter("{x:g}")
     axis.set_xticks(range(9), ["input", *range(1, 8), "layer 8"])
 
-
-def draw_step3(jobs):
-    """Draw the wrong digits of steps 2 and 3, as they are and with one part changed."""
     figure, axis = plt.subplots(num="step3", figsize=(8, 4.4))
     figure.suptitle("Batch normalization is what counts: with it (dark)\n"
                     "both networks get far fewer digits wrong than without it (light)")
-    without = (2, "as it is"), (3, "no batch normalization"), (
-        3, "He initialization, no batch normalization")
-    draw_dots(axis, [(f"step {job.step}:\n{job.name}", runs,
-                      LIGHT if (job.step, job.name) in without else DARK) for job, runs in jobs])
+    rows = []
+    for job, runs in report.find_runs([2, 3], ["steps", "ingredients"]):
+        with_it = (job.step == 3) != ("batch normalization" in job.name)  # a name tells a change
+        rows.append((f"step {job.step}:\n{job.name}", runs, DARK if with_it else LIGHT))
+    draw_dots(axis, rows)
 
 
-def draw_step4(runs):
+def draw_step4():
     """Draw four schedules of the learning rate, and what augmentation saves."""
+    tried = report.find_runs([4], ["steps", "ingredients", "digits"])
+    found = {job.name: runs for job, runs in tried}
     figure, axes = plt.subplots(2, 3, num="step4", figsize=(8, 5.8))
     figure.suptitle("A high rate that falls gets the fewest digits wrong;\n"
                     "augmentation helps where there are few digits to learn from")
@@ -118,79 +123,44 @@ def draw_step4(runs):
             (axes[1, 1], "as it is", "0.1, falling (step 4)", LIGHT, "-")):
         axis.set(title=title, ylim=(0, 250), xlim=(-0.5, 17), xlabel="epoch",
                  ylabel="wrong test digits of 10,000" if axis in axes[:, 0] else "")
-        if name in runs:
-            mean = draw_lines(axis, runs[name], "test_accuracy", colour)
+        if name in found:
+            mean = draw_lines(axis, found[name], "test_accuracy", colour)
             write(axis, f"{mean[-1]:.0f}", (len(mean) - 1, mean[-1]), colour, (3, -4))
-            draw_lines(axes[0, 2], runs[name][:1], "learning_rate", colour, style)
+            draw_lines(axes[0, 2], found[name][:1], "learning_rate", colour, style)
     axes[0, 2].set(title="the four rates", xlabel="epoch")
-    draw_dots(axes[1, 2], [(words, runs[name], colour) for words, name, colour in (
+    draw_dots(axes[1, 2], [(words, found[name], colour) for words, name, colour in (
         ("3,000\nas they are", "3,000 digits, no augmentation", LIGHT),
         ("3,000\naugmented", "3,000 digits", DARK),
         ("60,000\nas they are", "no augmentation", LIGHT),
-        ("60,000\naugmented", "as it is", DARK)) if name in runs])
+        ("60,000\naugmented", "as it is", DARK)) if name in found])
     axes[1, 2].set_title("training digits")
 
 
-def draw_drilldown(jobs):
-    """Draw weights against wrong digits: our runs, and what the course reports."""
-    figure, axis = plt.subplots(num="drilldown", figsize=(8, 4.5))
-    figure.suptitle("In four steps from 6.4 million weights to 9,538, and to fewer wrong digits")
-    for job, runs in jobs:
-        weights, course = report.STEPS[job.step]
-        mean = fmean(report.count_wrong(runs))
-        axis.plot([weights] * len(runs), report.count_wrong(runs), "o", color=DARK, markersize=4)
-        axis.plot(weights, mean, "o", color=DARK, markersize=10)
-        axis.plot(weights, course, "x", color=LIGHT, markersize=9, markeredgewidth=2.5)
-        write(axis, f"step {job.step}: {weights:,} weights,\n{mean:.0f} wrong digits",
-              (weights, mean), DARK, (14, -9) if job.step > 1 else (-160, -9))
-    write(axis, "the course: best epoch of its one run", report.STEPS[3], LIGHT, (12, 2))
-    axis.set(xscale="log", xlim=(3e3, 2e7), ylim=(0, None), xlabel="weights, log scale",
-             ylabel="wrong digits of 10,000, last epoch:\neach run, and their mean")
-    axis.xaxis.set_major_formatter("{x:,.0f}")
-
-
-def draw_augmentation():
-    """Draw ten training digits as they are, and as five epochs may see them."""
+def draw_digits():
+    """Draw training digits as five epochs may see them, and test digits that step 4 gets wrong."""
     images, labels = common.read_split(ROOT / "data/MNIST/raw", "train")
     chosen = images[[labels.tolist().index(digit) for digit in range(10)]]
     torch.manual_seed(1)
     rows = [step4.test_transform(chosen), *(step4.train_transform(chosen) for _ in range(5))]
     most = step4.AUGMENTATION
-    draw_images("augmentation", torch.cat(rows)[:, 0], [""] * 60, (
-        "Top row: training digits. Below: what five epochs may see instead, turned, slanted,\n"
-        f"stretched and shifted, at most about {math.degrees(math.atan(most)):.0f} degrees, "
-        f"{100 * most:.0f} % and {14 * most:.1f} pixels"))
-
-
-def draw_wrong(path):
-    """Draw the test digits that step 4 gets wrong with the weights of seed 1."""
     network = step4.Net()
-    common.load_weights(network, path)
+    common.load_weights(network, HERE / "step4_aug_lr-seed1" / "weights.pt")
     images, labels = common.read_split(ROOT / "data/MNIST/raw", "t10k")
     wrong = report.find_wrong(network, step4.test_transform, images, labels)
-    draw_images("wrong", [images[index, 0] for index, _, _ in wrong],
-                [f"{label} → {answer}" for _, label, answer in wrong],
-                f"The {len(wrong)} test digits that step 4 (seed 1) gets wrong: "
-                "label → the network's answer")
-
-
-def draw_results():
-    """Draw the pictures of results/, each if its runs are there."""
-    rows = report.measure_activations()
-    write_rows(HERE / "activations.csv", rows)
-    draw_step2(rows)
-    draw_augmentation()
-    draw_step3(report.find_runs([2, 3], ["steps", "ingredients"]))
-    tried = report.find_runs([4], ["steps", "ingredients", "digits"])
-    draw_step4({job.name: runs for job, runs in tried})
-    steps = report.find_runs(report.STEPS, ["steps"])
-    draw_drilldown(steps)
-    for job, runs in steps:
-        if job.step == 1:
-            draw_step1(runs)
-    weights = HERE / "step4_aug_lr-seed1" / "weights.pt"
-    if weights.exists():
-        draw_wrong(weights)
+    for name, shown, title in (
+            ("augmentation", [(image, "") for image in torch.cat(rows)],
+             "Top row: training digits. Below: what five epochs may see instead, turned, slanted,\n"
+             f"stretched and shifted, at most about {math.degrees(math.atan(most)):.0f} degrees, "
+             f"{100 * most:.0f} % and {14 * most:.1f} pixels"),
+            ("wrong", [(images[index], f"{label} → {answer}") for index, label, answer in wrong],
+             f"The {len(wrong)} test digits that step 4 (seed 1) gets wrong: "
+             "label → the network's answer")):
+        lines = math.ceil(len(shown) / 10)
+        plt.figure(name, figsize=(8, 0.95 * lines + 0.6)).suptitle(title)
+        for number, (image, words) in enumerate(shown, 1):
+            axis = plt.subplot(lines, 10, number, title=words)
+            axis.imshow(image[0], cmap="gray")
+            axis.axis("off")
 
 
 def draw_folders(runs):
@@ -198,6 +168,7 @@ def draw_folders(runs):
     many = len(runs) > 4
     figure, axes = plt.subplots(3, 1 if many else len(runs), num="curves", figsize=(8, 8),
                                 squeeze=False, sharex=True, sharey="row")
+    handles = {}
     for number, (path, run) in enumerate(runs.items()):
         left = f", {len(run)} of {run[-1]['planned']} epochs" * (len(run) < run[-1]["planned"])
         head = f"{path.resolve().parent.name}/{path.resolve().name}{left}"
@@ -207,8 +178,9 @@ def draw_folders(runs):
             lines = [("test", f"{head} ({tested})", f"C{number}", "osv^D"[number % 5] + "-")]
         column = axes[:, 0 if many else number]
         for part, label, colour, style in lines:
-            draw_lines(column[0], [run], f"{part}_loss", colour, style, label)
+            draw_lines(column[0], [run], f"{part}_loss", colour, style)
             draw_lines(column[1], [run], f"{part}_accuracy", colour, style)
+            handles[label] = column[0].lines[-1]
         draw_lines(column[2], [run], "learning_rate", *lines[0][2:])
         column[0].set_title("" if many else textwrap.fill(head, 84 // len(runs)))
         column[2].set_xlabel("epoch")
@@ -217,8 +189,6 @@ def draw_folders(runs):
     axes[1, 0].set_yscale("symlog", linthresh=10)  # it can show 0
     axes[1, 0].set(ylabel="wrong digits of 10,000", ylim=(0, None))
     axes[2, 0].set(ylabel="learning rate", ylim=(0, None))
-    handles = {label: handle for axis in axes[0] for handle, label in zip(
-        *axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside lower center")
 
 
@@ -236,7 +206,8 @@ def main():
     if runs:
         draw_folders(runs)
     elif not paths:
-        draw_results()
+        for draw in (draw_steps, draw_normalization, draw_step4, draw_digits):
+            draw()
     for name in plt.get_figlabels():
         path = next(iter(runs), HERE) / f"{name}.png"
         plt.figure(name).savefig(path, metadata={"Software": None})

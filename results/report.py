@@ -1,20 +1,18 @@
 """Write the tables of both README.md anew, compare some runs, or test the weights of results/."""
 
 import argparse
-import contextlib
 import importlib
 import re
-import runpy
 import sys
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, stdev, variance
 
 import torch
 from experiments import (
-    EXPERIMENTS, HE_INITIALIZATION, HERE, NORMALIZATION, ROOT, SCRIPTS, common, find_kind,
-    foresee_kind, make_copy, read_rows, read_runs, write_rows)
+    EXPERIMENTS, HERE, ROOT, SCRIPTS, common, find_kind, foresee_kind, read_rows, read_runs,
+    write_rows)
+from torch import nn
 
 VERIFIED = HERE / "verified.csv"
 STEPS = {  # weights; the course's wrong digits of 10,000 in the best epoch of its one run
@@ -51,16 +49,15 @@ def join(values, digits=2):
 
 
 def compare(runs, reference):
-    """Return how many more digits `runs` get wrong, Welch's standard error in words, a verdict."""
-    wrong, before = count_wrong(runs), count_wrong(reference)
-    difference = fmean(wrong) - fmean(before)
-    fewest = min(len(wrong), len(before))
-    if fewest < 2:
-        return difference, "", "too few runs to tell"
-    error = (variance(wrong) / len(wrong) + variance(before) / len(before)) ** 0.5
-    chance = difference == 0 or abs(difference) < 2.5 * error
-    verdict = "may be chance" if chance else "hardly chance"
-    return difference, f" ± {error:.1f}", verdict if fewest >= 5 else "too few runs to tell"
+    """Return how many more digits `runs` get wrong, Welch's standard error, and a verdict."""
+    groups = count_wrong(runs), count_wrong(reference)
+    difference = fmean(groups[0]) - fmean(groups[1])
+    fewest = min(map(len, groups))
+    error = sum(variance(wrong) / len(wrong) for wrong in groups) ** 0.5 if fewest > 1 else None
+    if fewest < 5:
+        return difference, error, "too few runs to tell"
+    hardly = abs(difference) >= 2.5 * error > 0
+    return difference, error, "hardly chance" if hardly else "may be chance"
 
 
 def describe(runs, reference=()):
@@ -68,12 +65,10 @@ def describe(runs, reference=()):
     tested = [[float(row["test_accuracy"]) for row in run] for run in runs]
     last = [accuracies[-1] for accuracies in tested]
     trained = [float(run[-1]["train_accuracy"]) for run in runs]
-    difference, error, _ = compare(runs, reference) if reference else (0, "", "")
+    difference, error, _ = compare(runs, reference) if reference else (0, None, "")
     return {
-        "runs": len(runs),
-        "last epoch": join(last),
-        "wrong digits": join(count_wrong(runs), 0),
-        "more wrong digits": error and f"{difference:.1f}{error}",
+        "runs": len(runs), "last epoch": join(last), "wrong digits": join(count_wrong(runs), 0),
+        "more wrong digits": "" if error is None else f"{difference:.1f} ± {error:.1f}",
         "best epoch": f"{max(map(max, tested)):.2f}",
         "last five": join([fmean(accuracies[-5:]) for accuracies in tested]),
         "under 99.40": sum(value < 99.4 for accuracies in tested for value in accuracies[-5:]),
@@ -96,43 +91,34 @@ def make_table(name, *steps):
     """Return a table of experiments, and on what their runs were made; `steps`: of these only."""
     if name == "runs":
         every = read_runs()
-        folders = [[HERE / f"{script}-seed{seed}" for seed in every["steps", step, "as it is"]]
-                   for step, script in SCRIPTS.items()]
+        folders = ([HERE / f"{script}-seed{seed}" for seed in every["steps", step, "as it is"]]
+                   for step, script in SCRIPTS.items())
         return "\n\n".join(tell(paths) for paths in folders if paths)
     tables = {"headline": ["steps"], "ingredients": ["steps", "ingredients"]}.get(name, [name])
-    lines, made = [], {}
-    reference = {}  # the runs of the first line of each step
+    lines, made = [], defaultdict(list)  # rows by the kind of their runs
+    first = {}  # the runs of the first line of each step
     for job, runs in find_runs([int(step) for step in steps] or SCRIPTS, tables):
         script = SCRIPTS[job.step]
         weights, course = STEPS[job.step]
-        lesson = importlib.import_module(script).__doc__.splitlines()[0]
-        known = [row for row in read_rows(VERIFIED) if row["script"] == script
-                 and row["test_loss"] in {run[-1]["test_loss"] for run in runs}]
-        line = {"script": f"[step {job.step}]({'' if name == 'steps' else '../'}{script}.py)",
-                "lesson": lesson.partition(": ")[2].rstrip("."), "weights": f"{weights:,}",
-                "the course's best": course, "step": job.step, "run": job.name,
-                "training accuracy": join([float(row["train_accuracy"]) for row in known])}
-        line |= describe(runs, reference.get(job.step))
+        losses = [run[-1]["test_loss"] for run in runs]
+        trained = [float(row["train_accuracy"]) for row in read_rows(VERIFIED)
+                   if row["script"] == script and row["test_loss"] in losses]
+        lines.append(describe(runs, first.get(job.step)) | {
+            "script": f"[step {job.step}]({'' if name == 'steps' else '../'}{script}.py)",
+            "lesson": importlib.import_module(script).__doc__.splitlines()[0].partition(": ")[2],
+            "weights": f"{weights:,}", "the course's best": course,
+            "step": job.step, "run": job.name, "training accuracy": join(trained)})
         if name == "steps":
-            line["wrong digits"] += f" ({len(runs)} run{'s' * (len(runs) > 1)})"
-        lines.append(line)
-        reference.setdefault(job.step, runs)
-        for run in runs:
-            made.setdefault(find_kind(run[-1]), {})[f"step {job.step} {job.name}"] = True
-    caption = "" if name == "steps" else tell_kinds(made, name in ("pairs", "times"))
-    return f"{to_table(name, lines)}\n\n{caption}".strip()
-
-
-def tell_kinds(made, on_purpose):
-    """Return on what a table's runs were made: rows by kind; `on_purpose`: in two precisions."""
-    lines = ["- {}, torch {}, threads {}, {}, {}".format(*kind) for kind in made]
-    if len(made) > 1:
-        lines = [f"{line}: {', '.join(rows)}"
-                 for line, rows in zip(lines, made.values(), strict=True)]
-    if len({kind[:3] if on_purpose else kind for kind in made}) > 1:
-        lines = ["Made on more than one kind of machine or precision: compare within a line of "
-                 "these.\n", *lines]
-    return "\n".join(lines)
+            lines[-1]["wrong digits"] += f" ({len(runs)} run{'s' * (len(runs) > 1)})"
+        first.setdefault(job.step, runs)
+        for kind in dict.fromkeys(find_kind(run[-1]) for run in runs):
+            made["- {}, torch {}, threads {}, {}, {}".format(*kind)].append(
+                f"step {job.step} {job.name}")
+    captions = [] if name == "steps" else ["", *made]
+    if len(captions) > 2:
+        captions = ["\nMade on more than one kind of machine or precision:\n"]
+        captions += [f"{kind}: {', '.join(rows)}" for kind, rows in made.items()]
+    return "\n".join([to_table(name, lines), *captions])
 
 
 def read_folders(paths):
@@ -143,6 +129,8 @@ def read_folders(paths):
     for path in {path.resolve(): path for path in paths}.values():
         with common.one_line(f"{path}: expected a run's folder: history.csv, maybe checkpoint.pt"):
             run = read_rows(path / "history.csv")
+            if not run:
+                raise ValueError("there is no history.csv, or no epoch in it")
             describe([run])  # fails if a figure is missing
             run[-1]["planned"] = len(run)
             if (path / "checkpoint.pt").exists():
@@ -173,13 +161,13 @@ def tell(paths):
         if len(counts) > 1:
             lines.append({"run": f"**{len(counts)} runs{words}**"} | describe(counts))
         parts.append(to_table("runs", lines))
-        counted[f"{script}{words}{',' if words else ''}"] = counts
+        counted[script + words] = counts
     (first, reference), *others = counted.items()
     for script, runs in others:
         difference, error, verdict = compare(runs, reference)
-        more = "fewer" if difference < 0 else "more"
-        parts.append(f"{script} against {first.rstrip(',')}: {abs(difference):.1f}{error} {more} "
-                     f"wrong digits: {verdict}")
+        parts.append(f"{script}{',' * (', after' in script)} against {first}: {abs(difference):.1f}"
+                     f"{'' if error is None else f' ± {error:.1f}'} "
+                     f"{'fewer' if difference < 0 else 'more'} wrong digits: {verdict}")
     return "\n\n".join(parts)
 
 
@@ -189,31 +177,26 @@ def verify():
     for path in sorted(HERE.glob("*-seed*/weights.pt")):
         script, seed = path.parent.name.split("-seed")
         step = importlib.import_module(script)
-        [job] = [job for job in EXPERIMENTS if job[:2] == ("steps", int(script[4]))]
+        [(job, _)] = find_runs([int(script[4])], ["steps"])
         last = read_runs()[job[:3]][int(seed)][-1]
         torch.set_num_threads(int(last["threads"]))
         args = common.parse_args(["--device=cpu"], "", 1, 128)
         training, testing = common.get_loaders(args, step.test_transform, step.test_transform)
         net = step.Net()
         common.load_weights(net, path)
+        few = training.images[:6000], training.labels[:6000]
+        wrong = len(find_wrong(net, step.test_transform, *few))
+        rows = read_rows(VERIFIED)
         key = {"script": script, "seed": seed, "test_loss": last["test_loss"]}
-        rows = [row | {"wrong_of_6000": row.get("wrong_of_6000", "")}
-                for row in read_rows(VERIFIED)]
         record = next((row for row in rows if key.items() <= row.items()), None)
-        if not record:
+        if record is None:
             accuracy = f"{common.test(net, training)[1]:.6f}"
-            record = key | {"train_accuracy": accuracy, "wrong_of_6000": ""}
-            rows.append(record)
-        wrong = len(find_wrong(
-            net, step.test_transform, training.images[:6000], training.labels[:6000]))
-        if not record["wrong_of_6000"]:
-            record["wrong_of_6000"] = str(wrong)
-            write_rows(VERIFIED, rows)
+            record = key | {"train_accuracy": accuracy, "wrong_of_6000": wrong}
+            write_rows(VERIFIED, [*rows, record])
         _, accuracy = common.test(net, testing)
         differ = round(abs(accuracy - float(last["test_accuracy"])) * len(testing.images) / 100)
         differ = max(differ, abs(wrong - int(record["wrong_of_6000"])))
-        # Tests are always in fp32, but on another kind of CPU rounding differs.
-        missed = differ > (0 if foresee_kind(job) == find_kind(last) else 2)
+        missed = differ > (0 if foresee_kind(job) == find_kind(last) else 2)  # rounding differs
         misses += missed
         print(f"{'MISS' if missed else 'ok'}: {path.parent.name}, recorded {last['test_accuracy']}"
               f" % and {record['wrong_of_6000']}, now {accuracy:.2f} % and {wrong}", flush=True)
@@ -243,17 +226,19 @@ def measure_activations(data_dir=ROOT / "data"):
 
     Root mean squares over 256 training digits; layer 0 is the input, the pool is no layer.
     """
-    rows = [{"layer": str(number)} for number in range(9)]
+    step = importlib.import_module(SCRIPTS[2])
     images, _ = common.read_split(data_dir / "MNIST" / "raw", "train")
-    for name, edits in {"as it is": [], "He initialization": [HE_INITIALIZATION],
-                        "batch normalization": [NORMALIZATION]}.items():
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-            step = runpy.run_path(str(make_copy(2, edits, folder)))
-            step["main"].__globals__["train"] = lambda *_: (0, 0)  # all that main does, but this
-            network = step["main"](["--smoke", f"--data-dir={data_dir}", "--device=cpu"]).train()
-        values = [step["test_transform"](images[:256])]
+    rows = [{"layer": str(number)} for number in range(9)]
+    for name in ("as it is", "He initialization", "batch normalization"):
+        torch.manual_seed(1)
+        network = step.Net()
+        values = [step.test_transform(images[:256])]
         for layer in network.layers:
+            for weights in layer.parameters() if name == "He initialization" else ():
+                nn.init.kaiming_uniform_(weights, nonlinearity="relu")
             values.append(layer(values[-1]))
+            if name == "batch normalization" and isinstance(layer, nn.Sequential):  # with a ReLU
+                values[-1] = nn.functional.batch_norm(values[-1], None, None, training=True)
         del values[4]  # the pool's
         for row, value in zip(rows, values, strict=True):
             row[name] = f"{value.square().mean().sqrt():.3g}"

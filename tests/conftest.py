@@ -3,7 +3,7 @@
 import importlib
 import os
 import re
-import signal
+import shutil
 import struct
 import subprocess
 import sys
@@ -20,7 +20,6 @@ torch.set_num_threads(1)  # faster than two on networks and batches this small
 os.environ["OMP_NUM_THREADS"] = "1"  # in processes that tests start
 for variable in ("FORCE_COLOR", "MAKELEVEL", "MAKEFLAGS", "MFLAGS"):  # as if started by hand
     os.environ.pop(variable, None)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `make test &` ignores it
 
 
 def write_idx(path, items):
@@ -45,6 +44,15 @@ def write_data(folder, train, test):
     return folder
 
 
+def copy_project(folder, *without):
+    """Copy the project, but nothing of results/ that matches `without`; return the new folder."""
+    ignored = shutil.ignore_patterns("[._]*", *without)
+    shutil.copytree(ROOT / "results", folder / "results", ignore=ignored)
+    for name in ("common.py", "Makefile", "README.md", "requirements.txt", *SCRIPTS.values()):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
     """A folder with 24 training and 12 test images; do not change it."""
@@ -53,15 +61,14 @@ def small(tmp_path_factory):
 
 def flags(data_dir, out, *more):
     """Return the flags of three short epochs, --plain first; of two equal ones the later counts."""
-    args = ["--plain", "--data-dir", data_dir, "--out", out, "--epochs", 3, "--device", "cpu"]
-    return [str(arg) for arg in (*args, *more)]
+    args = ["--plain", "--epochs", 3, "--batch-size", 16, "--device", "cpu"]
+    return [str(arg) for arg in (*args, "--data-dir", data_dir, "--out", out, *more)]
 
 
 def start(script, *args, **options):
     """Start a script, as a shell does; return its subprocess.Popen, with text pipes by default."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-    command = [sys.executable, str(script), *map(str, args)]
-    return subprocess.Popen(command, **pipes | options)
+    return subprocess.Popen([sys.executable, script, *args], **pipes | options)
 
 
 def call(*command, **options):
@@ -87,6 +94,6 @@ def read_all(folder):
 
 def history(run):
     """Return the csv, without its times, and the weights of a run's folder."""
-    csv = re.sub(r",[^,\n]*$", "", (run / "history.csv").read_text(), flags=re.MULTILINE)
+    csv = re.sub(r"(?m),[^,\n]*$", "", (run / "history.csv").read_text())
     weights = torch.load(run / "weights.pt", weights_only=True)
     return csv, {name: tensor.numpy().tobytes() for name, tensor in weights.items()}

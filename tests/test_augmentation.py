@@ -7,12 +7,10 @@ from PIL import Image
 
 import common
 
-STEP4 = STEPS["step4"]
-
 
 def augment(images):
     """Return images (float32, 0 to 1) as step 4 trains on them, but not normalized."""
-    return 0.1307 + 0.3081 * STEP4.train_transform(images)
+    return 0.1307 + 0.3081 * STEPS["step4"].train_transform(images)
 
 
 def measure_maps(count, batches=1):
@@ -24,9 +22,9 @@ def measure_maps(count, batches=1):
         origins.append(torch.cat([augment(image.repeat(count, 1, 1, 1)) for _ in range(batches)]))
     origins = torch.cat(origins, dim=1).double()  # N×2×28×28
     corner, right, down = origins[..., 9, 9], origins[..., 9, 18], origins[..., 18, 9]
-    matrix = torch.stack((right - corner, down - corner), dim=2) * 14 / 9
-    shift = (right + down).unsqueeze(2) / 2  # the middle of the two is the centre
-    return torch.cat((matrix, shift), dim=2).view(batches, count, 2, 3)
+    centre = (right + down) / 2
+    maps = torch.stack(((right - corner) * 14 / 9, (down - corner) * 14 / 9, centre), dim=2)
+    return maps.view(batches, count, 2, 3)
 
 
 def test_an_image_becomes_what_the_same_map_makes_of_it_elsewhere():
@@ -38,11 +36,10 @@ def test_an_image_becomes_what_the_same_map_makes_of_it_elsewhere():
         pixels = a, b, 14 * (c + 1 - a - b), d, e, 14 * (f + 1 - d - e)  # from 0 to 28
         expected = Image.fromarray(image[0].numpy()).transform(
             (28, 28), Image.Transform.AFFINE, pixels, Image.Resampling.BILINEAR)
-        expected = torch.from_numpy(numpy.array(expected))
-        torch.testing.assert_close(result[0], expected, atol=1e-5, rtol=0)
+        numpy.testing.assert_allclose(result[0], expected, atol=1e-5)
 
 
-def test_amounts_are_uniform_and_independent():
+def test_amounts_are_uniform_and_independent_and_follow_the_device():
     """Within an image, from one image to the next, and from one batch to the next."""
     amounts = (measure_maps(1000, batches=4) - torch.eye(2, 3)) / 0.12
     amounts = amounts.flatten(2).permute(2, 0, 1)  # 6×4×1000
@@ -52,10 +49,7 @@ def test_amounts_are_uniform_and_independent():
     neighbours = torch.cat((amounts, amounts.roll(1, dims=2), amounts.roll(1, dims=1))).flatten(1)
     features = torch.cat((neighbours, neighbours**2))  # the sign may hide what is alike
     assert (features.corrcoef() - torch.eye(36)).abs().max() < 0.1
-
-
-def test_batches_and_amounts_follow_the_device():
-    """The device "meta" computes nothing, but mixes with no other one, as a GPU."""
+    # The device "meta" computes nothing, but mixes with no other one, as a GPU.
     images = torch.zeros(8, 1, 28, 28, dtype=torch.uint8, device="meta")
-    loader = common.Loader("Training", images, images, STEP4.train_transform, 4, shuffle=True)
+    loader = common.Loader("Training", images, images, augment, 4, shuffle=True)
     assert [part.device.type for batch in loader for part in batch] == ["meta"] * 4

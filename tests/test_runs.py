@@ -1,7 +1,6 @@
 """What happens to runs: resuming, kills, damage, refusals, devices, odd places, own copies."""
 
 import contextlib
-import io
 import itertools
 import os
 import pickle
@@ -9,17 +8,15 @@ import random
 import re
 import runpy
 import shutil
-import signal
-import sys
 import time
 import types
 from pathlib import Path
 
-import conftest
 import pytest
 import torch
 from conftest import (
-    ROOT, SCRIPTS, STEPS, call, flags, history, read_all, refuse, start, write_data)
+    ROOT, SCRIPTS, STEPS, copy_project, flags, history, read_all, refuse, start, write_data,
+    write_idx)
 
 import common
 
@@ -31,34 +28,29 @@ def finished(small, tmp_path_factory):
     """A folder with a finished run of every step; do not change it."""
     out = tmp_path_factory.mktemp("finished")
     for step in STEPS.values():
-        step.main(flags(small, out, "--batch-size", 16))
+        step.main(flags(small, out))
     return out
 
 
 def interrupt(step, args, tests):
-    """Run a step; press Ctrl-C when it prints its test number `tests`: that epoch is not saved."""
-    class Output(io.StringIO):
-        def write(self, text):
-            nonlocal tests
-            tests -= "Average loss" in text
-            return super().write(text) if tests else signal.raise_signal(signal.SIGINT)
-    with contextlib.redirect_stdout(Output()), pytest.raises(KeyboardInterrupt):
+    """Run a step; end it, as Ctrl-C would, after its test number `tests`: that is not saved."""
+    saves = iter([common.Run.save] * (tests - 1))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(common.Run, "save", lambda *arguments: next(saves)(*arguments))
         step.main(args)
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_resumed_run_is_the_run_never_stopped(
-        name, small, finished, tmp_path, capsys, monkeypatch):
-    step, args = STEPS[name], flags(small, tmp_path, "--batch-size", 16)
-    run, peace = (folder / f"{SCRIPTS[name].stem}-seed1" for folder in (tmp_path, finished))
-    whole, args = history(peace), [*args, "--resume"]
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_resumed_run_is_the_one_never_stopped(step, small, finished, tmp_path, capsys, monkeypatch):
+    run, peace = (folder / f"{step.__name__}-seed1" for folder in (tmp_path, finished))
+    whole, args = history(peace), flags(small, tmp_path, "--resume")
     interrupt(step, args, tests=2)  # it starts where nothing is
     saved = history(run)
     os.link(run / "history.csv", tmp_path / "link")
     (run / "history.csv").unlink()  # as if killed between two files
     shutil.copy(peace / "weights.pt", run)
     interrupt(step, args, tests=1)
-    assert history(run) == saved and (tmp_path / "link").read_text().count("\n") == 2
+    assert history(run) == saved
     step.main(args)
     assert history(run) == whole and (tmp_path / "link").read_text().count("\n") == 2
     (run / "history.csv").unlink()
@@ -69,7 +61,8 @@ def test_resumed_run_is_the_run_never_stopped(
     assert not model.training and not next(model.parameters()).requires_grad  # on the CPU
     assert "EPOCH" not in capsys.readouterr().out and history(run) == whole
     before = read_all(tmp_path)
-    step.main([*args[:-1], "--smoke"])
+    if step is STEPS["step4"]:  # its schedule cannot go on
+        assert "epochs: 3, now 4" in refuse(step, *args, "--epochs=4")
     for file in ("checkpoint.pt", "weights.pt"):
         loss, accuracy = step.main([*args[:-1], "--evaluate", str(run / file)])
         assert f",{loss:.6f},{accuracy:.2f}," in whole[0].splitlines()[-1]
@@ -77,14 +70,13 @@ def test_resumed_run_is_the_run_never_stopped(
 
 
 def test_kill_before_and_after_every_move(small, finished, tmp_path):
-    """A kill is, here, an exception after which nothing is cleaned up. An older run lies there."""
-    move, args = os.replace, flags(small, "", "--batch-size", 16, "--out")
+    move, args = os.replace, flags(small, "", "--out")
     for length in itertools.count():
         fuse, out = iter(range(length)), tmp_path / str(length)
         shutil.copytree(finished / RUN2, out / RUN2)
         with pytest.MonkeyPatch.context() as patch, contextlib.suppress(StopIteration):
             patch.setattr(os, "replace", lambda *it, fuse=fuse: (next(fuse), move(*it), next(fuse)))
-            patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+            patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a kill cleans nothing up
             STEP2.main([*args, str(out)])
             break
         runs = [path for path in out.iterdir() if path.suffix != ".tmp"]
@@ -95,10 +87,9 @@ def test_kill_before_and_after_every_move(small, finished, tmp_path):
 
 
 def test_kills_at_random_moments(tmp_path):
-    """KILLS=50 in the environment asks for more than three."""
-    kills, starts = int(os.environ.get("KILLS", 3)), [0]
-    data = write_data(tmp_path / "data", 300, 100)
-    args = flags(data, tmp_path, "--epochs", 5 * kills, "--resume")
+    kills, starts = int(os.environ.get("KILLS", 3)), [0]  # KILLS=50 make test: more than three
+    args = flags(write_data(tmp_path / "data", 300, 100), tmp_path, "--resume")
+    args += [f"--epochs={5 * kills}", "--batch-size=128"]
     STEPS["step4"].main([*args, "--out", str(tmp_path / "peace")])
     for _ in range(kills):
         process = start(SCRIPTS["step4"], *args)
@@ -108,26 +99,26 @@ def test_kills_at_random_moments(tmp_path):
         process.kill()
         assert process.communicate()[1] == ""
     STEPS["step4"].main(args)
-    assert starts == sorted(starts)
+    assert starts == sorted(starts) and len(read_all(tmp_path)) == 4 + 3 + 3  # data and two runs
     assert history(tmp_path / RUN4) == history(tmp_path / "peace" / RUN4)
-    assert len(read_all(tmp_path)) == 4 + 3 + 3  # files of the data and of two runs
 
 
-def test_nothing_is_overwritten(small, tmp_path):
-    args = flags(small, tmp_path, "--batch-size", 16)
-    runs = [tmp_path / f"{RUN2}{number}" for number in ("", ".1", ".2", ".3")]
+def test_nothing_is_overwritten(small, finished, tmp_path):
+    args, contents = flags(small, tmp_path), []
+    runs = [tmp_path / f"{RUN2}{number}" for number in ("", ".1", ".2", ".3", ".4")]
     interrupt(STEP2, args, tests=3)
-    contents = [read_all(runs[0])]
-    interrupt(STEP2, args, tests=1)
-    for epochs in ("3", "1", "1"):
-        STEP2.main([*args, "--epochs", epochs])
+    for more in ("--epochs=3", "--resume", "--epochs=1", "--epochs=1"):
+        if len(contents) < 2:
+            (runs[0] / "checkpoint.pt").unlink()  # so it cannot be resumed, but is kept
         contents.append(read_all(runs[0]))
-    assert [read_all(run) for run in (*runs[1:], runs[0])] == contents
-    assert [content["history.csv"].count(b"\n") for content in contents] == [3, 4, 2, 2]
+        interrupt(STEP2, [*args, "--epochs=9"], tests=1)
+        STEP2.main([*args, more])
+    assert [read_all(run) for run in runs[1:]] == contents
+    assert [read_all(run)["history.csv"].count(b"\n") for run in runs] == [2, 3, 4, 4, 2]
+    assert history(runs[2]) == history(runs[3]) == history(finished / RUN2)
 
 
 def test_resume_after_changes(small, tmp_path, capsys, monkeypatch):
-    """Some change nothing, but perhaps the rounding; the others would make it another run."""
     script = Path(shutil.copy(SCRIPTS["step2"], tmp_path / "step2_mine (1).py"))
     text, moved = script.read_text("utf-8"), shutil.copytree(small, tmp_path / "moved")
     step = types.SimpleNamespace(main=lambda args: runpy.run_path(str(script))["main"](args))
@@ -135,19 +126,19 @@ def test_resume_after_changes(small, tmp_path, capsys, monkeypatch):
     interrupt(step, args, tests=2)
     checkpoint = next(tmp_path.rglob("checkpoint.pt"))
     script.write_text("# Mine.\n" + text.replace("Return a convol", "A convol"), "utf-8")
-    step.main([*args[1:], "--data-dir", str(moved)])  # not --plain
+    step.main([*args[1:], "--data-dir", str(moved)])  # not --plain: rounds otherwise
     step.main([*args, "--epochs=5"])  # at a constant rate it may go on
     printed = capsys.readouterr().out
-    assert re.findall(r"EPOCH: (\d)", printed) == list("01234"[1:])
+    assert re.findall(r"EPOCH: (\d)", printed) == list("011234")  # once interrupted
     tested = [float(row.split(",")[4]) for row in history(checkpoint.parent)[0].split()[1:]]
     best = f"Best Test Accuracy: {max(tested):.2f} (Epoch {tested.index(max(tested))})"
     assert printed.endswith(f"{best}\nLast Test Accuracy: {tested[-1]:.2f} (Epoch 4)\n")
     content, before = torch.load(checkpoint), read_all(tmp_path / "out")
-    other = write_data(tmp_path / "other", 24, 11)
-    (checkpoint.parent.rename(f"{checkpoint.parent}-validation"))
-    line = refuse(step, *args, "--batch-size=65", f"--data-dir={other}", "--validate")
+    away = checkpoint.parent.rename(f"{checkpoint.parent}-validation")
+    other = f"--data-dir={write_data(tmp_path / 'other', 24, 11)}"
+    line = refuse(step, *args, "--batch-size=65", other, "--validate")
     assert all(word in line for word in ("64, now 65", "test, now validation", "data"))
-    (Path(f"{checkpoint.parent}-validation").rename(checkpoint.parent))
+    away.rename(checkpoint.parent)
     script.write_text(re.sub("(LEARNING_RATE = ).*", r"\1 0.5", text), "utf-8")
     assert "code" in refuse(step, *args, "--epochs=5")
     script.write_text(text, "utf-8")
@@ -160,36 +151,15 @@ def test_resume_after_changes(small, tmp_path, capsys, monkeypatch):
     assert "cuda, now cpu" in refuse(step, *args, "--epochs=5")
 
 
-def test_a_schedule_cannot_go_on(small, tmp_path):
-    args = flags(small, tmp_path, "--batch-size", 16, "--resume", "--epochs")
-    STEPS["step4"].main([*args, "1"])
-    before = read_all(tmp_path)
-    assert "epochs: 1, now 2" in refuse(STEPS["step4"], *args, "2")
-    assert read_all(tmp_path) == before
-
-
-@pytest.mark.parametrize("more", [[], ["--resume"]])
-def test_folder_without_a_checkpoint_is_kept(more, small, finished, tmp_path):
-    kept = read_all(shutil.copytree(finished / RUN2, tmp_path / RUN2))
-    (tmp_path / RUN2 / "checkpoint.pt").unlink()
-    STEP2.main([*flags(small, tmp_path, "--batch-size", 16), *more])
-    del kept["checkpoint.pt"]
-    assert read_all(tmp_path / f"{RUN2}.1") == kept
-    assert history(tmp_path / RUN2) == history(finished / RUN2)
-
-
-def test_two_seeds_at_once(small, finished, tmp_path, monkeypatch):
-    """The second runs while the first saves."""
+def test_a_second_seed_runs_while_the_first_saves(small, finished, tmp_path, monkeypatch):
     def save_late(*args, save=torch.save):
         monkeypatch.setattr(torch, "save", save)
-        other = [sys.executable, SCRIPTS["step2"], *flags(small, tmp_path), "--seed=2"]
-        assert call(*other)[0] == 0
+        assert start(SCRIPTS["step2"], *flags(small, tmp_path), "--seed=2").wait() == 0
         save(*args)
 
     monkeypatch.setattr(torch, "save", save_late)
-    STEP2.main(flags(small, tmp_path, "--batch-size", 16))
-    assert len(read_all(tmp_path)) == 6
-    assert history(tmp_path / RUN2) == history(finished / RUN2)
+    STEP2.main(flags(small, tmp_path))
+    assert history(tmp_path / RUN2) == history(finished / RUN2) and len(read_all(tmp_path)) == 6
 
 
 DATA = IMAGES, LABELS = "t10k-images-idx3-ubyte", "train-labels-idx1-ubyte"
@@ -203,9 +173,9 @@ DAMAGES = [
     ("folder", DATA + SAVED, lambda path: (path.unlink(), path.mkdir())),
     ("code", DATA + SAVED, lambda path: path.write_bytes(pickle.dumps(TRAP, protocol=2))),
     ("magic number", DATA, lambda path: path.write_bytes(b"\1" + path.read_bytes()[1:])),
-    ("14x56", [IMAGES], lambda path: conftest.write_idx(path, torch.zeros(12, 14, 56).byte())),
-    ("too few", [LABELS], lambda path: conftest.write_idx(path, torch.zeros(23).byte())),
-    ("up to 23", [LABELS], lambda path: conftest.write_idx(path, torch.arange(24).byte())),
+    ("14x56", [IMAGES], lambda path: write_idx(path, torch.zeros(12, 14, 56).byte())),
+    ("too few", [LABELS], lambda path: write_idx(path, torch.zeros(23).byte())),
+    ("up to 23", [LABELS], lambda path: write_idx(path, torch.arange(24).byte())),
     ("code in a zip", SAVED, lambda path: torch.save({"weights": TRAP}, path)),
     ("layer missing", SAVED, lambda path: torch.save(torch.load(path) | {"weights": dict(list(
         torch.load(path.with_name(WEIGHTS)).items())[:-1])}, path)),
@@ -226,7 +196,7 @@ def test_damaged_file_is_refused(file, damage, small, finished, tmp_path, monkey
     damage(path)
     monkeypatch.chdir(tmp_path)
     before = read_all(tmp_path)
-    line = refuse(STEP2, *flags(tmp_path / "data", tmp_path, "--batch-size", 16, flag))
+    line = refuse(STEP2, *flags(tmp_path / "data", tmp_path, flag))
     assert re.split("-images|-labels", str(path))[0] in line
     assert all(other.name in line for other in raw.glob("*.*"))  # to be unpacked or renamed
     assert read_all(tmp_path) == before and not Path("trap").exists()
@@ -251,13 +221,9 @@ def test_wrong_flags(wrong, small, tmp_path, monkeypatch, capsys):
     assert "EPOCH" not in printed.out and read_all(tmp_path) == {"file": b"mine"}
 
 
-def test_flags_in_a_notebook(monkeypatch):
+def test_notebook_seconds_and_a_loss_that_is_not_finite(small, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["kernel", "--epochs=7"])
-    assert common.parse_args([], "", 1, 1).epochs == 1
-    assert common.parse_args(None, "", 1, 1).epochs == 7
-
-
-def test_seconds_and_a_loss_that_is_not_finite(small, tmp_path, monkeypatch):
+    assert [common.parse_args(it, "", 1, 1).epochs for it in ([], None)] == [1, 7]
     monkeypatch.setattr(time, "perf_counter", itertools.count(0, 7).__next__)
     model, args = STEP2.Net(), common.parse_args(flags(small, tmp_path), "", 1, 1)
     run = common.Run(SCRIPTS["step2"], args, model, torch.optim.SGD(model.parameters()))
@@ -274,8 +240,8 @@ def test_seconds_and_a_loss_that_is_not_finite(small, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("there", "taken"), [("cpu:0", "cpu:0"), ("meta", "cpu"), ("", "cpu")])
 def test_auto_takes_an_accelerator_that_works(there, taken, small, monkeypatch, capsys):
     """torch computes on "meta" too, but without numbers: asked for one, it fails."""
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(there or "cpu"))
+    monkeypatch.setattr(torch, "accelerator", types.SimpleNamespace(
+        is_available=lambda: there, current_accelerator=lambda: torch.device(there or "cpu")))
     STEP2.main(["--smoke", "--data-dir", str(small)])
     printed = capsys.readouterr().out
     assert f"Device: {taken}," in printed and ("meta" in printed) == (there == "meta")
@@ -290,22 +256,18 @@ def test_full_disk(small, finished, tmp_path):
     assert read_all(run) == read_all(finished / RUN2) and list(tmp_path.iterdir()) == [run]
 
 
-def test_elsewhere_with_a_copy_that_fails(small, tmp_path):
-    """All at once, on outputs that know ASCII alone, with default folders for data and runs."""
+def test_default_folders_on_an_ascii_output_and_a_copy_that_fails(small, tmp_path):
     checkout = tmp_path / "chøck out"
-    shutil.copytree(small, checkout / "data")
-    for path in (ROOT / "common.py", *SCRIPTS.values()):
-        shutil.copy(path, checkout)
+    shutil.copytree(small, copy_project(checkout, "*") / "data")
     text, mine = SCRIPTS["step2"].read_text("utf-8"), checkout / "step2_mine.py"
     mine.write_text(text.replace("return model\n", 'open("digit.png")\n'), "utf-8")
-    scripts = [checkout / path.name for path in (*SCRIPTS.values(), mine)]
     options = {"cwd": tmp_path, "env": os.environ | {"PYTHONIOENCODING": "ascii"}}
-    processes = [start(script, "--epochs=1", "--device=cpu", "--plain", **options)
-                 for script in scripts]
-    for script, process in zip(scripts, processes, strict=True):
+    processes = {script: start(script, "--epochs=1", "--device=cpu", "--plain", **options)
+                 for script in sorted(checkout.glob("step*.py"))}
+    for script, process in processes.items():
         printed, message = process.communicate()
         assert process.returncode == bool(message) == (script == mine), message
         assert len(read_all(checkout / "runs" / f"{script.stem}-seed1")) == 3
         assert "ch?ck out" in printed
-    assert "Traceback" in message and "digit.png" in message
+        assert ("Traceback" in message) == ("digit.png" in message) == (script == mine)
     assert list(tmp_path.iterdir()) == [checkout]
