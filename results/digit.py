@@ -46,9 +46,10 @@ def prepare(picture):
     size = [max(round(20 * side / max(sides)), 1) for side in sides]  # as MNIST's digits
     cut = page.resize(size, BILINEAR, (left * x, top * y, right * x, bottom * y))
     paper = Image.fromarray(paper[0].numpy()).resize(size, BILINEAR, box)
-    ink = (pil_to_tensor(paper) - pil_to_tensor(cut))[0]
-    white = ink.flatten().sort().values[int(0.9 * ink.numel())].clamp(min=1)
+    ink = (pil_to_tensor(paper) - pil_to_tensor(cut))[0].clamp(min=0)
+    white = ink.pow(2).sum() / ink.sum().clamp(min=1)  # the mean of ink, weighted by itself
     ink = (1.2 * ink / white - 0.2).clamp(0, 1)  # strokes mostly white, all between them black
+    ink = -F.max_pool2d(-ink[None], 3, 1, 1)[0] if ink.sum() > 180 else ink  # thinner if too thick
     row, column = ((ink.nonzero() + 0.5).T @ ink[ink > 0] / ink.sum()).tolist()  # centre of mass
     image = Image.new("L", (28, 28))
     image.paste(Image.fromarray((255 * ink).byte().numpy()), (round(14 - column), round(14 - row)))
@@ -105,9 +106,8 @@ def main(argv=None):
         try:
             image = prepare(Image.open(path))
         except Exception as error:  # Pillow raises a dozen kinds
-            words = str(error) or repr(error)
-            if not isinstance(error, (ValueError, FileNotFoundError)):
-                words = f"cannot be read: export it as JPEG, below 100 megapixels ({words})"
+            words = str(error) if isinstance(error, (ValueError, FileNotFoundError)) else (
+                f"cannot be read: export it as JPEG, below 100 megapixels ({error})")
             print(f"{path}: {' '.join(words.split())}", file=sys.stderr)
             status = 1
             continue

@@ -190,7 +190,8 @@ def main(argv=None):
                       if (other.step, other.flags) == (step, job.flags)]
             kinds = {find_kind(run[-1]) for run in beside} - {foresee_kind(job)}
             if seeds and kinds:
-                print(f"WARNING: {job[:3]} will be {foresee_kind(job)}, but others are {kinds}")
+                print(f"WARNING: {job[:3]} will be {foresee_kind(job)}, but others are {kinds}",
+                      flush=True)
         missing.sort(key=lambda run: run[1])  # every experiment with seed 1, then with seed 2
         with ThreadPoolExecutor(1 if table == "times" else 2) as pool:
             for rows in pool.map(train, missing):

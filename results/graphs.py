@@ -47,7 +47,8 @@ def draw_dots(axis, rows):
         axis.plot(fmean(wrong), number, "|", color=colour, markersize=20, markeredgewidth=3)
         write(axis, f"{fmean(wrong):.0f}", (fmean(wrong), number), colour, (-7, 12))
     axis.set_yticks(range(len(rows)), [name for name, _, _ in rows])
-    axis.set(xlim=(0, None), ylim=(len(rows) - 0.5, -0.8), xlabel="wrong digits of 10,000")
+    axis.set(ylim=(len(rows) - 0.5, -0.8), xlabel="wrong digits of 10,000")
+    axis.set_xlim(0, 1.05 * axis.get_xlim()[1])
     axis.grid(axis="y", visible=False)
 
 
@@ -56,9 +57,9 @@ def draw_steps():
     found = {job.step: runs for job, runs in report.find_runs(report.STEPS, ["steps"])}
     figure, axes = plt.subplots(1, 2, num="step1", figsize=(8, 3.9))
     figure.suptitle("Step 1 learns its training digits by heart: on them it goes on improving,\n"
-                    "but after epoch 5 it gets hardly better at test digits")
-    for axis, column, title in zip(
-            axes, ("loss", "accuracy"), ("loss", "wrong digits of 10,000"), strict=True):
+                    "but after epoch 5 it hardly improves on test digits")
+    for axis, column, title in ((axes[0], "loss", "loss"),
+                                (axes[1], "accuracy", "wrong digits of 10,000, as logged")):
         for part, words, colour, style in (("train", "training digits", DARK, "o-"),
                                            ("test", "test digits", LIGHT, "s--")):
             mean = draw_lines(axis, found[1], f"{part}_{column}", colour, style)
@@ -100,8 +101,8 @@ def draw_normalization():
     axis.set_xticks(range(9), ["input", *range(1, 8), "layer 8"])
 
     figure, axis = plt.subplots(num="step3", figsize=(8, 4.4))
-    figure.suptitle("Batch normalization is what counts: with it (dark)\n"
-                    "both networks get far fewer digits wrong than without it (light)")
+    figure.suptitle("Batch normalization is what counts: with it (dark blue)\n"
+                    "both networks get far fewer digits wrong than without it (orange)")
     rows = []
     for job, runs in report.find_runs([2, 3], ["steps", "ingredients"]):
         with_it = (job.step == 3) != ("batch normalization" in job.name)  # a name tells a change
@@ -127,13 +128,13 @@ def draw_step4():
             mean = draw_lines(axis, found[name], "test_accuracy", colour)
             write(axis, f"{mean[-1]:.0f}", (len(mean) - 1, mean[-1]), colour, (3, -4))
             draw_lines(axes[0, 2], found[name][:1], "learning_rate", colour, style)
-    axes[0, 2].set(title="the four rates", xlabel="epoch")
+    axes[0, 2].set(title="the rates (dotted: constant)", xlabel="after epoch")
     draw_dots(axes[1, 2], [(words, found[name], colour) for words, name, colour in (
-        ("3,000\nas they are", "3,000 digits, no augmentation", LIGHT),
-        ("3,000\naugmented", "3,000 digits", DARK),
-        ("60,000\nas they are", "no augmentation", LIGHT),
-        ("60,000\naugmented", "as it is", DARK)) if name in found])
-    axes[1, 2].set_title("training digits")
+        ("3,000\nas they are", "3,000 digits, no augmentation", "grey"),
+        ("3,000\naugmented", "3,000 digits", "black"),
+        ("60,000\nas they are", "no augmentation", "grey"),
+        ("60,000\naugmented", "as it is", "black")) if name in found])
+    axes[1, 2].set_title("3,000 or 60,000 training digits")
 
 
 def draw_digits():
