@@ -260,7 +260,7 @@ def test_default_folders_on_an_ascii_output_and_a_copy_that_fails(small, tmp_pat
     checkout = tmp_path / "chøck out"
     shutil.copytree(small, copy_project(checkout, "*") / "data")
     text, mine = SCRIPTS["step2"].read_text("utf-8"), checkout / "step2_mine.py"
-    mine.write_text(text.replace("return model\n", 'open("digit.png")\n'), "utf-8")
+    mine.write_text(text.replace("return model", 'return open("digit.png"), model'), "utf-8")
     options = {"cwd": tmp_path, "env": os.environ | {"PYTHONIOENCODING": "ascii"}}
     processes = {script: start(script, "--epochs=1", "--device=cpu", "--plain", **options)
                  for script in sorted(checkout.glob("step*.py"))}
