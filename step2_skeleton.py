@@ -19,10 +19,12 @@ Two suspects
 
 Exercise
     Which one is it? Batch normalization keeps the values of each channel at mean 0 and variance 1,
-    so they cannot die out. Does the network learn by heart then? Predict. Copy this file to
-    step2_mine.py; below the line of nn.ReLU in its block, add
+    so they cannot die out. Predict. In a copy, step2_mine.py, below the line of nn.ReLU, add
         nn.BatchNorm2d(out_channels),
-    and run `make step2_mine`, three to ten minutes. Step 3 opens with the answer.
+    and run `make step2_mine`, three to ten minutes. Does the log's accuracy come near to 100 %?
+    Step 3 opens with the answer. Or start with larger weights (He et al., 2015): in another copy,
+    below model = ... in main, add (the answer is in results/README.md)
+        for weights in model.parameters(): nn.init.kaiming_uniform_(weights)
 """
 
 import torch
@@ -41,7 +43,7 @@ train_transform = v2.Compose([
     v2.ToDtype(torch.float32, scale=True),  # 0..255 to 0..1
     v2.Normalize(MEAN, STD),
 ])
-test_transform = v2.Compose([  # separate: step 4 augments training images only
+test_transform = v2.Compose([  # separate: step 4 changes training images, at random
     v2.ToDtype(torch.float32, scale=True),
     v2.Normalize(MEAN, STD),
 ])

@@ -44,7 +44,7 @@ train_transform = v2.Compose([
     v2.ToDtype(torch.float32, scale=True),  # 0..255 to 0..1
     v2.Normalize(MEAN, STD),
 ])
-test_transform = v2.Compose([  # separate: step 4 augments training images only
+test_transform = v2.Compose([  # separate: step 4 changes training images, at random
     v2.ToDtype(torch.float32, scale=True),
     v2.Normalize(MEAN, STD),
 ])

@@ -63,7 +63,7 @@ train_transform = v2.Compose([
     augment,
     v2.Normalize(MEAN, STD),
 ])
-test_transform = v2.Compose([  # separate: step 4 augments training images only
+test_transform = v2.Compose([  # separate: step 4 changes training images, at random
     v2.ToDtype(torch.float32, scale=True),
     v2.Normalize(MEAN, STD),
 ])
