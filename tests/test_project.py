@@ -66,6 +66,10 @@ def test_flags_targets_links_figures_and_python_of_the_pages(project, capsys):
         runs = experiments.read_runs()["steps", number, "as it is"]
         wrong = float(report.describe(runs.values())["wrong digits"].split()[0])
         assert re.search(rf"\b{wrong:.0f}\b", step.__doc__)
+    rows = experiments.read_rows(project / "results" / "activations.csv")
+    sizes = [float(row["as it is"]) for row in rows]
+    assert f"from {sizes[0]:.2f} to {sizes[8]:.4f}" in PAGES["results/README.md"]
+    assert "thousand" in STEPS["step2"].__doc__ and 500 < sizes[0] / sizes[8] < 2000
     [block] = re.findall(r"(?s)```python\n(.*?)```", readme)
     write_data(project / "data", 1, 50)
     status, shown, errors = call(sys.executable, "-c", block, cwd=project)
@@ -85,6 +89,7 @@ def test_make_calls_what_it_says_and_fails_with_it(project):
     targets |= {"test": [f"[-m][pytest]{more}"], "graphs": ["[results/graphs.py][runs/a][runs/b]"],
                 "digit": [f"[results/digit.py][my photo.jpg]{more}"],
                 "verify": [data, "[results/report.py][--verify]"],
+                "bench": [data, f"[tests/bench.py]{more}"], "lint": ["[-m][ruff][check][.]"],
                 "results": [data, "[results/graphs.py]", "[results/report.py]"]}
     names, seeds = ("step2_skeleton", "step2_a_copy"), (3, 1)
     runs = [f"[{name}.py]{more}[--seed][{seed}][--out][my out]" for seed in seeds for name in names]
@@ -98,6 +103,8 @@ def test_make_calls_what_it_says_and_fails_with_it(project):
         assert status == 0 and made == calls, errors
         for wanted in calls:
             assert make(project, target, *asked, FAIL=wanted)[0] != 0, wanted
+    assert len(make(project, "seeds", "STEP=2")[1]) == 5 + 1  # five seeds, and their report
+    assert make(project, "graphs")[1][-1] == "[results/graphs.py][runs/*]"  # of all, if any
     for args in (["step9"], ["diff", "B=9"], ["seeds", "STEP=9"]):
         status, shown, errors = make(project, *args)
         assert status != 0 and not shown and errors.count("\n") == 1 and "step9" in errors

@@ -43,6 +43,7 @@ def test_smoke_and_the_numbers_in_the_text(step, small, tmp_path, capsys):
     printed, message = capsys.readouterr()
     assert (message, read_all(tmp_path), printed.count("Total params: ")) == ("", {}, 1)
     assert "(M)" in printed and "Units." not in printed and "fp32, not compiled\n" in printed
+    assert "[1, 10]" in printed  # the summary is that of one image
     check_log(printed, batches=1)
 
 
