@@ -22,8 +22,8 @@ Exercise
     so they cannot die out. Predict. In a copy, step2_mine.py, below the line of nn.ReLU, add
         nn.BatchNorm2d(out_channels),
     and run `make step2_mine`, three to ten minutes. Does the log's accuracy come near to 100 %?
-    Step 3 opens with the answer. Or start with larger weights (He et al., 2015): in another copy,
-    below model = ... in main, add (the answer is in results/README.md)
+    Step 3 opens with the answer. Larger first weights keep the values up too (He et al., 2015). As
+    good? In a fresh copy add, below model = ... in main (step 3's table in results/README.md tells)
         for weights in model.parameters(): nn.init.kaiming_uniform_(weights)
 """
 

@@ -68,7 +68,6 @@ EXPERIMENTS = [Experiment(*fields) for fields in (
     ("steps", 1, "as it is", range(1, 3)),  # hours: only with --steps 1
     ("steps", 2, "as it is", FIVE),
     ("ingredients", 2, "batch normalization", FIVE, [NORMALIZATION]),
-    ("ingredients", 2, "He initialization", FIVE, [HE_INITIALIZATION]),
     ("steps", 3, "as it is", FIVE),
     ("ingredients", 3, "no batch normalization", FIVE, [NO_NORMALIZATION]),
     ("ingredients", 3, "He initialization, no batch normalization", FIVE, [

@@ -100,12 +100,13 @@ def make_table(name, *steps):
     for job, runs in find_runs([int(step) for step in steps] or SCRIPTS, tables):
         script = SCRIPTS[job.step]
         weights, course = STEPS[job.step]
+        lesson = importlib.import_module(script).__doc__.splitlines()[0]
         losses = [run[-1]["test_loss"] for run in runs]
         trained = [float(row["train_accuracy"]) for row in read_rows(VERIFIED)
                    if row["script"] == script and row["test_loss"] in losses]
         lines.append(describe(runs, first.get(job.step)) | {
             "script": f"[step {job.step}]({'' if name == 'steps' else '../'}{script}.py)",
-            "lesson": importlib.import_module(script).__doc__.splitlines()[0].partition(": ")[2],
+            "lesson": lesson.partition(": ")[2].rstrip("."),
             "weights": f"{weights:,}", "the course's best": course,
             "step": job.step, "run": job.name, "training accuracy": join(trained)})
         if name == "steps":
