@@ -44,9 +44,8 @@ NORMALIZATION = ("nn.ReLU(),", "nn.ReLU(), nn.BatchNorm2d(out_channels),")
 NO_NORMALIZATION = ("        nn.BatchNorm2d(out_channels),", "")
 HE_INITIALIZATION = ("    model = Net().to(args.device)", """\
     model = Net().to(args.device)
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")""")
+    for weights in model.parameters():
+        nn.init.kaiming_uniform_(weights)""")
 SINGLE_VALUES = ("nn.Dropout2d(DROPOUT)", "nn.Dropout(DROPOUT)")
 COURSE_RECIPE = [
     LOW_RATE, PLAIN_MOMENTUM, SINGLE_VALUES,
@@ -68,6 +67,7 @@ EXPERIMENTS = [Experiment(*fields) for fields in (
     ("steps", 1, "as it is", range(1, 3)),  # hours: only with --steps 1
     ("steps", 2, "as it is", FIVE),
     ("ingredients", 2, "batch normalization", FIVE, [NORMALIZATION]),
+    ("ingredients", 2, "He initialization", FIVE, [HE_INITIALIZATION]),
     ("steps", 3, "as it is", FIVE),
     ("ingredients", 3, "no batch normalization", FIVE, [NO_NORMALIZATION]),
     ("ingredients", 3, "He initialization, no batch normalization", FIVE, [
@@ -124,26 +124,28 @@ def read_runs():
     for row in read_rows(CSV):
         runs[row["table"], int(row["step"]), row["variant"]][int(row["seed"])].append(row)
     for step, seed in itertools.product(SCRIPTS, TEN):
-        log = HERE / f"{SCRIPTS[step]}-seed{seed}" / "log.txt"
-        if log.exists():
-            told = LOG.search(log.read_text(encoding="utf-8")).groupdict()
-            rows = read_rows(log.with_name("history.csv"))
+        folder = HERE / f"{SCRIPTS[step]}-seed{seed}"
+        if folder.exists():
+            told = LOG.search((folder / "log.txt").read_text(encoding="utf-8")).groupdict()
+            rows = read_rows(folder / "history.csv")
             runs["steps", step, "as it is"][seed] = [row | told for row in rows]
     return runs
 
 
 def find_kind(row):
     """Return what a row was made on: CPU, torch, threads, precision, compiled or not."""
-    return tuple(row[name] for name in ("machine", "torch", "threads", "precision", "compiled"))
+    return "{machine}, torch {torch}, threads {threads}, {precision}, {compiled}".format(**row)
 
 
 def foresee_kind(job):
     """Return the kind of the rows that a run of this experiment would have here."""
     plain = "--plain" in job.flags
     bf16 = common.is_bf16_faster(common.torch.device("cpu")) and not plain
-    return (common.CPU.get("cpu_name", "unknown CPU"), str(common.torch.__version__),
-            str(os.cpu_count() if job.table == "times" else 1), "bf16" if bf16 else "fp32",
-            "not compiled" if plain or job.step == 1 else "compiled")
+    return find_kind({
+        "machine": common.CPU.get("cpu_name", "unknown CPU"), "torch": common.torch.__version__,
+        "threads": os.cpu_count() if job.table == "times" else 1,
+        "precision": "bf16" if bf16 else "fp32",
+        "compiled": "not compiled" if plain or job.step == 1 else "compiled"})
 
 
 def train(run):
@@ -183,14 +185,13 @@ def main(argv=None):
         found = read_runs()
         missing = []
         for job in [job for job in EXPERIMENTS if (job.table, job.step) == (table, step)]:
-            seeds = [seed for seed in job.seeds if seed in args.seeds and seed not in found[job[:3]]
-                     and (table != "steps" or not (HERE / f"{SCRIPTS[step]}-seed{seed}").exists())]
+            seeds = [seed for seed in job.seeds if seed in set(args.seeds) - set(found[job[:3]])]
             missing += [(job, seed) for seed in seeds]
             beside = [run for other in EXPERIMENTS for run in found[other[:3]].values()
                       if (other.step, other.flags) == (step, job.flags)]
-            kinds = {find_kind(run[-1]) for run in beside} - {foresee_kind(job)}
-            if seeds and kinds:
-                print(f"WARNING: {job[:3]} will be {foresee_kind(job)}, but others are {kinds}",
+            others = {find_kind(run[-1]) for run in beside} - {foresee_kind(job)}
+            if seeds and others:
+                print(f"WARNING: {job[:3]} will be {foresee_kind(job)}, others are {others}",
                       flush=True)
         missing.sort(key=lambda run: run[1])  # every experiment with seed 1, then with seed 2
         with ThreadPoolExecutor(1 if table == "times" else 2) as pool:

@@ -68,7 +68,7 @@ def draw_steps():
         axis.yaxis.set_major_formatter("{x:g}")
 
     figure, axis = plt.subplots(num="drilldown", figsize=(8, 4.5))
-    figure.suptitle("In four steps from 6.4 million weights to 9,538, and to fewer wrong digits")
+    figure.suptitle("From 6.4 million weights to 9,538: at first more digits are wrong, in the end fewer")
     for step, runs in found.items():
         weights, course = report.STEPS[step]
         wrong = report.count_wrong(runs)
@@ -112,8 +112,8 @@ def draw_normalization():
 
 def draw_step4():
     """Draw four schedules of the learning rate, and what augmentation saves."""
-    tried = report.find_runs([4], ["steps", "ingredients", "digits"])
-    found = {job.name: runs for job, runs in tried}
+    tables = ["steps", "ingredients", "digits"]
+    found = {job.name: runs for job, runs in report.find_runs([4], tables)}
     figure, axes = plt.subplots(2, 3, num="step4", figsize=(8, 5.8))
     figure.suptitle("A high rate that falls gets the fewest digits wrong;\n"
                     "augmentation helps where there are few digits to learn from")
@@ -122,19 +122,18 @@ def draw_step4():
             (axes[0, 1], "constant 0.1", "a constant 0.1", LIGHT, ":"),
             (axes[1, 0], "peak 0.01", "0.01, falling", DARK, "-"),
             (axes[1, 1], "as it is", "0.1, falling (step 4)", LIGHT, "-")):
+        mean = draw_lines(axis, found[name], "test_accuracy", colour)
+        write(axis, f"{mean[-1]:.0f}", (len(mean) - 1, mean[-1]), colour, (3, -4))
+        draw_lines(axes[0, 2], found[name][:1], "learning_rate", colour, style)
         axis.set(title=title, ylim=(0, 250), xlim=(-0.5, 17), xlabel="epoch",
                  ylabel="wrong test digits of 10,000" if axis in axes[:, 0] else "")
-        if name in found:
-            mean = draw_lines(axis, found[name], "test_accuracy", colour)
-            write(axis, f"{mean[-1]:.0f}", (len(mean) - 1, mean[-1]), colour, (3, -4))
-            draw_lines(axes[0, 2], found[name][:1], "learning_rate", colour, style)
     axes[0, 2].set(title="the rates (dotted: constant)", xlabel="after epoch")
-    draw_dots(axes[1, 2], [(words, found[name], colour) for words, name, colour in (
-        ("3,000\nas they are", "3,000 digits, no augmentation", "grey"),
-        ("3,000\naugmented", "3,000 digits", "black"),
-        ("60,000\nas they are", "no augmentation", "grey"),
-        ("60,000\naugmented", "as it is", "black")) if name in found])
-    axes[1, 2].set_title("3,000 or 60,000 training digits")
+    draw_dots(axes[1, 2], [
+        ("3,000,\nas they are", found["3,000 digits, no augmentation"], "grey"),
+        ("3,000,\naugmented", found["3,000 digits"], "black"),
+        ("all,\nas they are", found["no augmentation"], "grey"),
+        ("all,\naugmented", found["as it is"], "black")])
+    axes[1, 2].set_title("3,000 or all training digits")
 
 
 def draw_digits():
@@ -169,20 +168,19 @@ def draw_folders(runs):
     many = len(runs) > 4
     figure, axes = plt.subplots(3, 1 if many else len(runs), num="curves", figsize=(8, 8),
                                 squeeze=False, sharex=True, sharey="row")
-    handles = {}
+    shown = {}  # a line for each label
     for number, (path, run) in enumerate(runs.items()):
-        left = f", {len(run)} of {run[-1]['planned']} epochs" * (len(run) < run[-1]["planned"])
-        head = f"{path.resolve().parent.name}/{path.resolve().name}{left}"
-        tested = "validation" if "-validation" in head else "test"
-        lines = [("train", "training, as logged", DARK, "o-"), ("test", tested, LIGHT, "s--")]
+        tested = "validation" if "-validation" in path.name else "test"
+        head = f"{path.parent.name}/{path.name}: {run[-1]['epochs']}"
+        lines = [("train", "training, as logged", DARK), ("test", tested, LIGHT)]
         if many:
-            lines = [("test", f"{head} ({tested})", f"C{number}", "osv^D"[number % 5] + "-")]
+            lines = [("test", f"{head} ({tested})", f"C{number}")]
         column = axes[:, 0 if many else number]
-        for part, label, colour, style in lines:
-            draw_lines(column[0], [run], f"{part}_loss", colour, style)
-            draw_lines(column[1], [run], f"{part}_accuracy", colour, style)
-            handles[label] = column[0].lines[-1]
-        draw_lines(column[2], [run], "learning_rate", *lines[0][2:])
+        for part, label, colour in lines:
+            for axis, name in zip(column, (f"{part}_loss", f"{part}_accuracy", "learning_rate"),
+                                  strict=True):
+                draw_lines(axis, [run], name, colour, "osv^D"[number % 5] + "-")
+            shown[label] = column[0].lines[-1]
         column[0].set_title("" if many else textwrap.fill(head, 84 // len(runs)))
         column[2].set_xlabel("epoch")
         column[2].xaxis.get_major_locator().set_params(integer=True)
@@ -190,23 +188,24 @@ def draw_folders(runs):
     axes[1, 0].set_yscale("symlog", linthresh=10)  # it can show 0
     axes[1, 0].set(ylabel="wrong digits of 10,000", ylim=(0, None))
     axes[2, 0].set(ylabel="learning rate", ylim=(0, None))
-    figure.legend(handles.values(), handles, loc="outside lower center")
+    figure.legend(shown.values(), shown, loc="outside lower center")
 
 
 def main():
     """Draw, save, and say where; return 1 if a folder cannot be drawn."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="*", type=Path, help="folders of runs")
-    paths = {path.resolve(): path for path in parser.parse_args().runs}.values()
-    runs = {}
-    for path in paths:
+    parser.add_argument("folders", nargs="*", type=Path, help="folders of runs")
+    folders = parser.parse_args().folders
+    runs, status = {}, 0
+    for folder in folders:
         try:
-            runs |= report.read_folders([path])
+            runs |= report.read_folders([folder])
         except SystemExit as error:
             print(error, file=sys.stderr)
+            status = 1
     if runs:
         draw_folders(runs)
-    elif not paths:
+    elif not folders:
         for draw in (draw_steps, draw_normalization, draw_step4, draw_digits):
             draw()
     for name in plt.get_figlabels():
@@ -214,7 +213,7 @@ def main():
         plt.figure(name).savefig(path, metadata={"Software": None})
         Image.open(path).convert("RGB").quantize(64).save(path)  # a third of the bytes
         print(f"Drawn: {path}")
-    return int(len(runs) < len(paths))
+    return status
 
 
 if __name__ == "__main__":

@@ -10,24 +10,13 @@ from statistics import fmean, stdev, variance
 
 import torch
 from experiments import (
-    EXPERIMENTS, HERE, ROOT, SCRIPTS, common, find_kind, foresee_kind, read_rows, read_runs,
-    write_rows)
+    EXPERIMENTS, HERE, ROOT, SCRIPTS, common, find_kind, read_rows, read_runs, write_rows)
 from torch import nn
 
 VERIFIED = HERE / "verified.csv"
 STEPS = {  # weights; the course's wrong digits of 10,000 in the best epoch of its one run
     1: (6_379_786, 74), 2: (20_750, 131), 3: (9_078, 84), 4: (9_538, 48)}
-COLUMNS = {  # heads of the columns of each table
-    "runs": "run | epochs | last epoch | wrong digits | best epoch | last five | under 99.40",
-    "steps": "script | lesson | weights | wrong digits | the course's best",
-    "headline": "script | weights | runs | last epoch | wrong digits | best epoch"
-                " | training accuracy",
-    "ingredients": "step | run | runs | last epoch | wrong digits | more wrong digits | last five"
-                   " | test loss | first training loss | logged train − test",
-    "digits": "run | runs | last epoch | wrong digits | more wrong digits | test loss",
-    "pairs": "run | runs | last epoch | wrong digits | more wrong digits | logged train − test",
-    "times": "step | run | runs | last epoch | wrong digits | seconds",
-}
+RUNS = "run | epochs | last epoch | wrong digits | best epoch | last five | under 99.40"
 
 
 def get_series(run, column):
@@ -79,65 +68,66 @@ def describe(runs, reference=()):
     }
 
 
-def to_table(name, lines):
-    """Return a Markdown table; `lines` are dicts of cells by the heads of their columns."""
-    heads = COLUMNS[name].split(" | ")
+def to_table(heads, lines):
+    """Return a Markdown table; `heads`: its columns; `lines`: dicts of cells by their heads."""
+    heads = heads.split(" | ")
     rows = [heads, ["---"] * len(heads)]
     rows += [[str(line.get(head, "")) for head in heads] for line in lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def make_table(name, *steps):
+def find_runs(steps, tables):
+    """Return (experiment, its runs) of some steps and tables; only what has been run."""
+    every = read_runs()
+    jobs = [job for job in EXPERIMENTS if job.step in steps and job.table in tables]
+    return [(job, list(every[job[:3]].values())) for job in jobs if every[job[:3]]]
+
+
+def make_table(heads, name, *steps):
     """Return a table of experiments, and on what their runs were made; `steps`: of these only."""
     if name == "runs":
-        every = read_runs()
-        folders = ([HERE / f"{script}-seed{seed}" for seed in every["steps", step, "as it is"]]
-                   for step, script in SCRIPTS.items())
-        return "\n\n".join(tell(paths) for paths in folders if paths)
-    tables = {"headline": ["steps"], "ingredients": ["steps", "ingredients"]}.get(name, [name])
-    lines, made = [], defaultdict(list)  # rows by the kind of their runs
+        paths = HERE.glob(f"step{steps[0]}*-seed*")
+        return tell(sorted(paths, key=lambda path: (len(path.name), path.name)))  # 2 before 10
+    lines, made = [], defaultdict(list)  # names of rows by what their runs were made on
     first = {}  # the runs of the first line of each step
+    tables = {"ingredients": ["steps", "ingredients"]}.get(name, [name])
     for job, runs in find_runs([int(step) for step in steps] or SCRIPTS, tables):
         script = SCRIPTS[job.step]
         weights, course = STEPS[job.step]
-        lesson = importlib.import_module(script).__doc__.splitlines()[0]
         losses = [run[-1]["test_loss"] for run in runs]
         trained = [float(row["train_accuracy"]) for row in read_rows(VERIFIED)
                    if row["script"] == script and row["test_loss"] in losses]
+        lesson = importlib.import_module(script).__doc__.splitlines()[0]
         lines.append(describe(runs, first.get(job.step)) | {
-            "script": f"[step {job.step}]({'' if name == 'steps' else '../'}{script}.py)",
-            "lesson": lesson.partition(": ")[2].rstrip("."),
-            "weights": f"{weights:,}", "the course's best": course,
-            "step": job.step, "run": job.name, "training accuracy": join(trained)})
-        if name == "steps":
-            lines[-1]["wrong digits"] += f" ({len(runs)} run{'s' * (len(runs) > 1)})"
+            "step": job.step, "run": job.name, "training accuracy": join(trained),
+            "script": f"[step {job.step}]({script}.py)", "weights": f"{weights:,}",
+            "lesson": lesson.partition(": ")[2].rstrip("."), "the course's best": course})
         first.setdefault(job.step, runs)
-        for kind in dict.fromkeys(find_kind(run[-1]) for run in runs):
-            made["- {}, torch {}, threads {}, {}, {}".format(*kind)].append(
-                f"step {job.step} {job.name}")
-    captions = [] if name == "steps" else ["", *made]
-    if len(captions) > 2:
-        captions = ["\nMade on more than one kind of machine or precision:\n"]
-        captions += [f"{kind}: {', '.join(rows)}" for kind, rows in made.items()]
-    return "\n".join([to_table(name, lines), *captions])
+        for kind in sorted({find_kind(run[-1]) for run in runs}):
+            made[kind].append(f"step {job.step} {job.name}")
+    captions = [f"- {kind}" for kind in made]
+    if len(made) > 1:
+        captions = ["Made on more than one kind of machine or precision:\n"]
+        captions += [f"- {kind}: {', '.join(rows)}" for kind, rows in made.items()]
+    return "\n".join([to_table(heads, lines), *([] if "lesson" in heads else ["", *captions])])
 
 
 def read_folders(paths):
-    """Return runs by folder, in the last row the epochs "planned"; exit with 1 if one is no run."""
+    """Return runs by folder, "epochs" in words in the last row; exit with 1 if one is no run."""
     if len({"-validation" in path.resolve().name for path in paths}) > 1:
         sys.exit("Some were tested on held-out images (-validation), others not: give them apart")
     runs = {}
     for path in {path.resolve(): path for path in paths}.values():
         with common.one_line(f"{path}: expected a run's folder: history.csv, maybe checkpoint.pt"):
-            run = read_rows(path / "history.csv")
+            runs[path] = run = read_rows(path / "history.csv")
             if not run:
                 raise ValueError("there is no history.csv, or no epoch in it")
             describe([run])  # fails if a figure is missing
-            run[-1]["planned"] = len(run)
+            run[-1]["epochs"] = str(len(run))
             if (path / "checkpoint.pt").exists():
                 checkpoint = torch.load(path / "checkpoint.pt", "cpu", weights_only=True)
-                run[-1]["planned"] = checkpoint["settings"]["epochs"]
-        runs[path] = run
+                if len(run) < (planned := checkpoint["settings"]["epochs"]):
+                    run[-1]["epochs"] += f" of {planned}, unfinished"
     return runs
 
 
@@ -151,74 +141,59 @@ def tell(paths):
         lines = []
         for path, run in runs.items():
             name = f"[{path.name}]({path.name}/log.txt)" if path.parent == HERE else str(path)
-            left = f" of {run[-1]['planned']}, unfinished" * (len(run) < run[-1]["planned"])
-            lines.append({"run": name, "epochs": f"{len(run)}{left}"} | describe([run]))
-        counts = [run for run in runs.values() if len(run) >= run[-1]["planned"]]
-        words = ""
-        if not counts:  # none is finished: after the epochs that all of them have
-            epochs = min(map(len, runs.values()))
-            counts = [run[:epochs] for run in runs.values()]
-            words = f", after {epochs} epoch{'s' * (epochs > 1)}"
-        if len(counts) > 1:
-            lines.append({"run": f"**{len(counts)} runs{words}**"} | describe(counts))
-        parts.append(to_table("runs", lines))
-        counted[script + words] = counts
-    (first, reference), *others = counted.items()
-    for script, runs in others:
-        difference, error, verdict = compare(runs, reference)
-        parts.append(f"{script}{',' * (', after' in script)} against {first}: {abs(difference):.1f}"
-                     f"{'' if error is None else f' ± {error:.1f}'} "
+            lines.append({"run": name, "epochs": run[-1]["epochs"]} | describe([run]))
+        finished = [run for run in runs.values() if "unfinished" not in run[-1]["epochs"]]
+        counted[script] = finished or list(runs.values())  # none is finished: as far as they are
+        if len(counted[script]) > 1:
+            words = f"**{len(counted[script])} {'' if finished else 'unfinished '}runs**"
+            lines.append({"run": words} | describe(counted[script]))
+        parts.append(to_table(RUNS, lines))
+    first = next(iter(counted))
+    for script, runs in list(counted.items())[1:]:
+        difference, error, verdict = compare(runs, counted[first])
+        spread = "" if error is None else f" ± {error:.1f}"
+        parts.append(f"{script} against {first}: {abs(difference):.1f}{spread} "
                      f"{'fewer' if difference < 0 else 'more'} wrong digits: {verdict}")
     return "\n\n".join(parts)
 
 
 def verify():
     """Test the weights kept here with the step's own code; return how many are not as recorded."""
+    (images, labels), testing = (
+        common.read_split(ROOT / "data/MNIST/raw", prefix) for prefix in ("train", "t10k"))
     misses = 0
     for path in sorted(HERE.glob("*-seed*/weights.pt")):
         script, seed = path.parent.name.split("-seed")
         step = importlib.import_module(script)
-        [(job, _)] = find_runs([int(script[4])], ["steps"])
-        last = read_runs()[job[:3]][int(seed)][-1]
-        torch.set_num_threads(int(last["threads"]))
-        args = common.parse_args(["--device=cpu"], "", 1, 128)
-        training, testing = common.get_loaders(args, step.test_transform, step.test_transform)
-        net = step.Net()
-        common.load_weights(net, path)
-        few = training.images[:6000], training.labels[:6000]
-        wrong = len(find_wrong(net, step.test_transform, *few))
+        network = step.Net()
+        common.load_weights(network, path)
+        last = read_rows(path.with_name("history.csv"))[-1]
         rows = read_rows(VERIFIED)
         key = {"script": script, "seed": seed, "test_loss": last["test_loss"]}
         record = next((row for row in rows if key.items() <= row.items()), None)
+        few = len(find_wrong(network, step.test_transform, images[:6000], labels[:6000]))
         if record is None:
-            accuracy = f"{common.test(net, training)[1]:.6f}"
-            record = key | {"train_accuracy": accuracy, "wrong_of_6000": wrong}
+            wrong = len(find_wrong(network, step.test_transform, images, labels))
+            accuracy = f"{100 - 100 * wrong / len(images):.6f}"
+            record = key | {"train_accuracy": accuracy, "wrong_of_6000": few}
             write_rows(VERIFIED, [*rows, record])
-        _, accuracy = common.test(net, testing)
-        differ = round(abs(accuracy - float(last["test_accuracy"])) * len(testing.images) / 100)
-        differ = max(differ, abs(wrong - int(record["wrong_of_6000"])))
-        missed = differ > (0 if foresee_kind(job) == find_kind(last) else 2)  # rounding differs
+        wrong = len(find_wrong(network, step.test_transform, *testing))
+        was = get_series([last], "test_accuracy")[0], int(record["wrong_of_6000"])
+        missed = max(abs(wrong - was[0]), abs(few - was[1])) > 2  # elsewhere rounding differs
         misses += missed
-        print(f"{'MISS' if missed else 'ok'}: {path.parent.name}, recorded {last['test_accuracy']}"
-              f" % and {record['wrong_of_6000']}, now {accuracy:.2f} % and {wrong}", flush=True)
+        print(f"{'MISS' if missed else 'ok'}: {path.parent.name}: {wrong} test digits and {few} of "
+              f"6,000 training digits wrong, recorded {was[0]} and {was[1]}", flush=True)
     print(f"{misses} differ from what was recorded")
     return misses
 
 
-def find_runs(steps, tables):
-    """Return (experiment, its runs) of some steps and tables; only what has been run."""
-    every = read_runs()
-    jobs = [job for job in EXPERIMENTS if job.step in steps and job.table in tables]
-    return [(job, list(every[job[:3]].values())) for job in jobs if every[job[:3]]]
-
-
 @torch.inference_mode()
-def find_wrong(net, transform, images, labels):
+def find_wrong(network, transform, images, labels):
     """Return (index, label, answer) of the images, uint8 Nx1x28x28, that a network gets wrong."""
-    net.eval()
-    answers = torch.cat([net(transform(part)).argmax(dim=1) for part in images.split(1000)])
-    wrong = (answers != labels).nonzero().flatten()
-    return [(index, labels[index].item(), answers[index].item()) for index in wrong.tolist()]
+    network.eval()
+    answers = torch.cat([network(transform(part)).argmax(dim=1) for part in images.split(1000)])
+    wrong = (answers != labels).nonzero().flatten().tolist()
+    return [(index, labels[index].item(), answers[index].item()) for index in wrong]
 
 
 @torch.no_grad()
@@ -229,14 +204,14 @@ def measure_activations(data_dir=ROOT / "data"):
     """
     step = importlib.import_module(SCRIPTS[2])
     images, _ = common.read_split(data_dir / "MNIST" / "raw", "train")
-    rows = [{"layer": str(number)} for number in range(9)]
+    rows = [{"layer": layer} for layer in range(9)]
     for name in ("as it is", "He initialization", "batch normalization"):
         torch.manual_seed(1)
         network = step.Net()
         values = [step.test_transform(images[:256])]
         for layer in network.layers:
             for weights in layer.parameters() if name == "He initialization" else ():
-                nn.init.kaiming_uniform_(weights, nonlinearity="relu")
+                nn.init.kaiming_uniform_(weights)
             values.append(layer(values[-1]))
             if name == "batch normalization" and isinstance(layer, nn.Sequential):  # with a ReLU
                 values[-1] = nn.functional.batch_norm(values[-1], None, None, training=True)
@@ -258,9 +233,9 @@ def main(argv=None):
         print(tell(args.runs))
         return
     for path in (ROOT / "README.md", HERE / "README.md"):
-        text = re.sub(
-            "(?s)(<!-- table: (.+?) -->).*?<!-- end -->",
-            lambda found: f"{found[1]}\n\n{make_table(*found[2].split())}\n\n<!-- end -->",
+        text = re.sub(  # the head of a table, in the page, says its columns
+            r"(?s)(<!-- table: ([^\n]+?) -->\n\n)\| ([^\n]+) \|\n.*?<!-- end -->",
+            lambda found: f"{found[1]}{make_table(found[3], *found[2].split())}\n\n<!-- end -->",
             path.read_text(encoding="utf-8"))
         path.write_text(text, encoding="utf-8")
 
