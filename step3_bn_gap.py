@@ -1,13 +1,14 @@
 """Step 3: batch normalization lets a small network train well.
 
 The answer to step 2 (results/step3.png; five runs each)
-    With batch normalization step 2's network gets 75 test digits wrong instead of 131, and it
-    learns nearly all its training digits by heart. It had weights enough; it trained badly.
+    With batch normalization step 2's network gets 72 test digits wrong instead of 131, and learns
+    its training digits by heart: 99.98 % of them are right in the last epoch's log, 99.21 % without
+    it. So it had weights enough; it trained badly.
 
 Tried
     Batch normalization gives each channel mean 0 and variance 1 over a batch (all its images and
-    positions), then a scale and a shift that are learned. Testing uses running averages of mean and
-    variance. So values neither die out nor grow from layer to layer (results/step2.png).
+    positions; in testing by running averages), then a scale and a shift that are learned. So values
+    neither die out nor grow from layer to layer (results/step2.png).
     If the weights were enough, fewer may do. Narrower layers, of at most 20 channels, save 7,000.
     Global average pooling (GAP) takes the mean of each channel over all positions, without weights;
     with a 1x1 behind it (200 weights) it replaces step 2's last layer (4,900). Dropout sets random
@@ -18,13 +19,12 @@ Came out (5 runs of 15 epochs)
     as many weights. Test accuracy is 99.26 %, in the best epoch 99.33 %. (Course: 99.16 %.)
 
 Why: we took out one part at a time, five runs each
-    Without batch normalization 169 digits are wrong. Larger first weights (He) in its place leave
-    136: where the values start explains only a part. GAP and dropout change little, no more than
-    chance may. (With dropout, training is harder than testing: the log's accuracy is lower.)
+    Without batch normalization 169 digits are wrong, with larger first weights (He) in its place
+    136: the values' start explains only a part. What GAP and dropout change may be chance.
 
 Exercise
-    Is a higher rate better? In a copy set LEARNING_RATE = 0.1; `make step3_mine`, three to ten
-    minutes. Watch the last test lines jump. Step 4 has the answer, for its own network.
+    Is a higher rate better? In a copy, step3_mine.py, set LEARNING_RATE = 0.1; `make step3_mine`
+    takes three to ten minutes. Step 4 has the answer, for its own network.
 """
 
 import torch
