@@ -8,86 +8,57 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageChops, ImageFilter, ImageOps, ImageStat
 from torch.nn import functional as F
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import load_weights  # noqa: E402
 from step4_aug_lr import Net, test_transform  # noqa: E402
 
-BILINEAR = Image.Resampling.BILINEAR
-SIDE, WIDEST = 384, 104  # pixels of a small copy of the page, and of the widest stroke on it
-
 
 def prepare(picture):
     """Return the digit of a PIL image as MNIST has it, uint8 1x28x28; ValueError if it has none."""
-    page = put_on_paper(ImageOps.exif_transpose(picture))  # a camera only notes how it was held
-    if page.size == (28, 28) and pil_to_tensor(page)[:, [0, -1]].float().mean() < 64:
+    if picture.mode.startswith("I"):  # 16 bits
+        picture = picture.convert("I").point(lambda grey: grey * (1 / 256)).convert("L")
+    page = ImageOps.exif_transpose(picture).convert("RGBA")  # a camera only notes how it was held
+    if page.size == (28, 28) and max(page.getpixel((0, 0))[:3]) < 64:
         return pil_to_tensor(page.convert("L"))  # white on black already
-    # Ink covers less than paper, so it is farther from the average around: the mean cube has its
-    # sign. Of red, green, blue it is largest in the one that shows this ink on this paper best.
-    small = ImageOps.contain(page, (SIDE, SIDE), BILINEAR)  # most of the noise averages out
-    average = pil_to_tensor(small.filter(ImageFilter.BoxBlur(0.3 * SIDE)))
-    cubes = (pil_to_tensor(small).float() - average).pow(3).mean(dim=(1, 2))
-    page = page.getchannel(cubes.abs().argmax().item())
-    page = ImageOps.invert(page) if cubes.max() > -cubes.min() else page  # light on dark
-    small = pil_to_tensor(ImageOps.contain(page, (SIDE, SIDE), BILINEAR)).float()
-    paper = remove_ink(small)
-    paper = paper - (paper - small).median()  # it was the lightest of the noise
-    ink = F.avg_pool2d(paper - small, 3, 1, 1)  # shadows are in both
-    least = max(0.3 * ink.max().item(), 7.5 * ink.abs().median().item() + 4)  # 5 sigma of noise
-    sharp = ink - F.avg_pool2d(ink, 15, 1, 7) > least  # strokes have edges, soft shadows have none
-    left, top, right, bottom = box = find_digit(ink[0] > least if sharp.any() else sharp[0])
-    x, y = page.width / small.shape[2], page.height / small.shape[1]  # cut from the large page
-    sides = right - left, bottom - top
-    size = [max(round(20 * side / max(sides)), 1) for side in sides]  # as MNIST's digits
-    cut = page.resize(size, BILINEAR, (left * x, top * y, right * x, bottom * y))
-    paper = Image.fromarray(paper[0].numpy()).resize(size, BILINEAR, box)
-    ink = (pil_to_tensor(paper) - pil_to_tensor(cut))[0].clamp(min=0)
-    white = ink.pow(2).sum() / ink.sum().clamp(min=1)  # the mean of ink, weighted by itself
-    ink = (1.2 * ink / white - 0.2).clamp(0, 1)  # strokes mostly white, all between them black
-    ink = -F.max_pool2d(-ink[None], 3, 1, 1)[0] if ink.sum() > 180 else ink  # thinner if too thick
-    row, column = ((ink.nonzero() + 0.5).T @ ink[ink > 0] / ink.sum()).tolist()  # centre of mass
+    # Of red, green, blue, opacity and their negatives, take the one with the darkest ink. Ink
+    # covers less than paper, so it is farther from the average: the mean cube has its sign.
+    channels = *page.split(), *ImageChops.invert(page).split()
+    page = min(channels, key=lambda channel: above_average(channel, 115).pow(3).mean())
+    edges = F.avg_pool2d(-above_average(page, 7), 3, 1, 1)  # strokes have some, soft shadows none
+    least = max(0.3 * edges.max().item(), 7.5 * edges.abs().median().item() + 8)  # 5 sigma of noise
+    mask = to_pil_image((edges > least).byte()).filter(ImageFilter.MedianFilter(5))  # no specks
+    box = mask.filter(ImageFilter.MaxFilter(9)).getbbox()  # with some paper around
+    if not box:
+        raise ValueError("looks blank: write larger, or with a darker pen")
+    scales = 2 * (page.width / mask.width, page.height / mask.height)  # cut from the large page
+    cut = page.crop([edge * scale for edge, scale in zip(box, scales, strict=True)])
+    cut = pil_to_tensor(ImageOps.contain(cut, (64, 64))).float()
+    # The paper: the lightest of each square, then the darkest of all squares over a pixel. Ink is
+    # gone, for each square holds some paper; shadows stay, so they are not in the difference.
+    paper = -F.max_pool2d(-F.max_pool2d(F.pad(cut, [40] * 4, value=-1), 41, 1), 41, 1)
+    ink = (paper - cut) / (paper - cut).max()
+    digit = to_pil_image((1.8 * ink - 0.7).clamp(0, 1))  # strokes white, all between them black
+    digit = digit.crop(digit.getbbox())
+    while ImageStat.Stat(digit).sum[0] > 255 * 0.4 * max(digit.size) ** 2:  # MNIST's are thinner
+        digit = ImageOps.expand(digit, 1).filter(ImageFilter.MinFilter(3))
+        digit = digit.crop(digit.getbbox())
+    digit.thumbnail((20, 20))
+    weights = pil_to_tensor(digit)[0] / ImageStat.Stat(digit).sum[0]
+    row, column = ((weights.nonzero() + 0.5).T @ weights[weights > 0]).tolist()  # centre of mass
     image = Image.new("L", (28, 28))
-    image.paste(Image.fromarray((255 * ink).byte().numpy()), (round(14 - column), round(14 - row)))
+    image.paste(digit, (round(14 - column), round(14 - row)))
     return pil_to_tensor(image)
 
 
-def put_on_paper(picture):
-    """Return a PIL image as RGB. Where it is transparent: white, or black if its ink is light."""
-    if picture.mode.startswith("I"):  # 16 bits
-        picture = picture.convert("I").point(lambda grey: grey * (1 / 256)).convert("L")
-    picture = picture.convert("RGBA")
-    *colours, alpha = pil_to_tensor(picture.resize((99, 99), BILINEAR)).float()
-    light = (sum(colours) / 3 * alpha).sum() > 127 * alpha.sum()  # what is seen: ink, or paper
-    canvas = Image.new("RGBA", picture.size, "black" if light == (alpha.mean() < 127) else "white")
-    return Image.alpha_composite(canvas, picture).convert("RGB")
-
-
-def remove_ink(page):
-    """Fill each place of a page (1xHxW) that no square fits into, not even one over its edge."""
-    page = F.pad(page, [WIDEST - 1] * 4, value=-torch.inf)
-    for sign in (1, -1):  # the lightest in each square, then the darkest of these over each pixel
-        page = sign * F.max_pool2d(sign * page, (WIDEST, 1), 1)
-        page = sign * F.max_pool2d(sign * page, (1, WIDEST), 1)
-    return page
-
-
-def find_digit(mask):
-    """Return the box of the ink (bool HxW) without specks; ValueError if there are only specks."""
-    cells = F.max_pool2d(mask[None].float(), 3, ceil_mode=True)  # coarse, so gaps are bridged
-    pieces = cells * torch.arange(1.0, cells.numel() + 1).view_as(cells)
-    while not (grown := cells * F.max_pool2d(pieces, 3, 1, 1)).equal(pieces):
-        pieces = grown  # the highest number in a piece spreads through it
-    pieces = mask * F.interpolate(pieces[None], scale_factor=3)[0, 0, :len(mask), :mask.shape[1]]
-    numbers, counts = pieces[mask].unique(return_counts=True)
-    if not len(counts) or counts.max() <= 12:
-        raise ValueError("looks blank: write larger, or with a darker pen")
-    digit = torch.isin(pieces, numbers[counts > counts.max() / 10])
-    return Image.fromarray(digit.byte().numpy()).getbbox()
+def above_average(channel, radius):
+    """Return how much lighter than the average around each pixel of a small copy is, 1xHxW."""
+    small = ImageOps.contain(channel, (384, 384))  # most of the noise averages out
+    return pil_to_tensor(small).float() - pil_to_tensor(small.filter(ImageFilter.BoxBlur(radius)))
 
 
 def main(argv=None):
@@ -96,7 +67,7 @@ def main(argv=None):
     parser.add_argument("pictures", nargs="+", metavar="PICTURE")
     parser.add_argument("--weights", default=ROOT / "results/step4_aug_lr-seed1/weights.pt")
     args = parser.parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
         sys.stdout.reconfigure(errors="replace")
     marks = " ▄▀█" if "█".encode(sys.stdout.encoding or "ascii", "ignore") else " .'#"
     net = Net().eval()

@@ -68,7 +68,7 @@ def draw_steps():
         axis.yaxis.set_major_formatter("{x:g}")
 
     figure, axis = plt.subplots(num="drilldown", figsize=(8, 4.5))
-    figure.suptitle("From 6.4 million weights to 9,538: at first more digits are wrong, in the end fewer")
+    figure.suptitle("From 6.4 million weights to 9,538: first more digits are wrong, then fewer")
     for step, runs in found.items():
         weights, course = report.STEPS[step]
         wrong = report.count_wrong(runs)

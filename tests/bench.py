@@ -37,8 +37,7 @@ def main(rounds=5):
                      f"({ratios[0]:.2f} to {ratios[-1]:.2f}) |")
         print(table[-1], flush=True)
     kind = ", ".join(experiments.foresee_kind(experiments.EXPERIMENTS[0]).split(", ")[:2])
-    caption = (f"{kind}, {os.cpu_count()} cores. Seconds of one epoch on 7,680 images, medians of "
-               f"{rounds} rounds; a ratio has its range behind.\n")
+    caption = f"{kind}, {os.cpu_count()} cores; an epoch of 7,680 images, medians of {rounds}\n"
     (experiments.HERE / "bench.md").write_text("\n".join([caption, *table, ""]), "utf-8")
 
 

@@ -11,8 +11,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 from torchvision.datasets import MNIST
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "results"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "results"))
 import digit  # noqa: E402
 
 KINDS = {  # what is not as in `photograph`
@@ -69,8 +68,8 @@ def photograph(image, ink="#28282d", paper="#ddd", height=0, stroke=0, shadow=0,
 
 def main(seed=1, count=100):
     """Print the table for `count` digits of each kind."""
-    net, test = digit.Net().eval(), MNIST(ROOT / "data", train=False)
-    digit.load_weights(net, ROOT / "results/step4_aug_lr-seed1/weights.pt")
+    net, test = digit.Net().eval(), MNIST(digit.ROOT / "data", train=False)
+    digit.load_weights(net, digit.ROOT / "results/step4_aug_lr-seed1/weights.pt")
     print(f"| kind | right of {count} |\n| --- | ---: |")
     for kind, options in KINDS.items():
         random.seed(seed)

@@ -156,7 +156,6 @@ def test_a_second_seed_runs_while_the_first_saves(small, finished, tmp_path, mon
         monkeypatch.setattr(torch, "save", save)
         assert start(SCRIPTS["step2"], *flags(small, tmp_path), "--seed=2").wait() == 0
         save(*args)
-
     monkeypatch.setattr(torch, "save", save_late)
     STEP2.main(flags(small, tmp_path))
     assert history(tmp_path / RUN2) == history(finished / RUN2) and len(read_all(tmp_path)) == 6
