@@ -18,8 +18,8 @@ Why
     helped: after epoch 5 about 80 digits were wrong.
 
 Left open
-    Do we need millions of weights? Step 2 tries 300 times fewer. (You need not wait an hour for
-    step 1: results/step1_setup-seed1/log.txt is what it prints.)
+    Do we need millions of weights? Step 2 tries 300 times fewer. (You need not wait for step 1:
+    results/step1_setup-seed1/log.txt is what it prints.)
 """
 
 import torch
