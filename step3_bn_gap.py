@@ -11,7 +11,7 @@ Tried
     neither die out nor grow from layer to layer (results/step2.png).
     If the weights were enough, fewer may do: layers of at most 20 channels. Global average pooling
     (GAP), the mean of each channel over all positions, and a 1x1 behind it (200 weights) replace
-    step 2's last layer (4,900). Dropout sets random channels to 0, against overfitting.
+    step 2's last layer (4,900). Against overfitting, dropout sets random channels to 0 in training.
 
 Came out (5 runs of 15 epochs)
     9,078 weights, and 74 of 10,000 test digits wrong: as many as in step 1, which has 700 times as
