@@ -14,16 +14,16 @@ Two suspects
     Too few weights: after 15 epochs it has not learned its training digits by heart. 452 of 60,000
     are wrong (step 1: 26).
     Bad training: in the first epoch the loss is 1.53 (step 1: 0.42), where a guess gives 2.303.
-    PyTorch draws small first weights, so before training the values get a thousand times smaller on
-    their way through eight layers: the falling line of results/step2.png.
+    PyTorch's first weights are small: before training, eight layers shrink the values a
+    thousandfold, the falling line of results/step2.png.
 
 Exercise
     Which one is it? Batch normalization keeps the values of each channel at mean 0 and variance 1,
     so they cannot die out. Predict. In a copy, step2_mine.py, below the line of nn.ReLU, add
         nn.BatchNorm2d(out_channels),
-    and run `make step2_mine`, three to ten minutes. Does the log's accuracy pass 99.9 %? Step 3
-    opens with the answer. Larger first weights keep the values up too (He et al., 2015). As good?
-    In a fresh copy add, below model = ... in main (results/README.md has the answer)
+    and run `make step2_mine`, three to ten minutes. Does it learn its training digits by heart, to
+    99.9 % in the log? Larger first weights keep the values up too (He et al., 2015). As good? In a
+    fresh copy add, below model = ... in main (step 3 opens with both answers)
         for weights in model.parameters(): nn.init.kaiming_uniform_(weights)
 """
 
@@ -61,7 +61,7 @@ class Net(nn.Module):
     """Takes normalized images Nx1x28x28, returns logits Nx10: the highest marks the digit.
 
     The receptive field (RF) is the side of the input square that one output value depends on. Two
-    3x3, a pool and a 3x3 see 1 + 2 + 2 + 1 + 4 = 10 pixels: after a pool, a layer adds double.
+    3x3, a pool and a 3x3 see 1 + 2 + 2 + 1 + 4 = 10 pixels: after a pool, a 3x3 adds 4.
     """
 
     def __init__(self):

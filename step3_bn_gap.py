@@ -9,7 +9,7 @@ Tried
     Batch normalization gives each channel mean 0 and variance 1 over a batch (all its images and
     positions; in testing by running averages), then a scale and a shift that are learned. So values
     neither die out nor grow from layer to layer (results/step2.png).
-    If the weights were enough, fewer may do: layers of at most 20 channels. Global average pooling
+    Perhaps fewer weights are enough: layers of at most 20 channels. Global average pooling
     (GAP), the mean of each channel over all positions, and a 1x1 behind it (200 weights) replace
     step 2's last layer (4,900). Against overfitting, dropout sets random channels to 0 in training.
 
@@ -19,10 +19,10 @@ Came out (5 runs of 15 epochs)
 
 Why: one part left out or replaced, five runs each
     Without batch normalization 169 digits are wrong, with larger first weights (He) in its place
-    136: a good start alone does not do. What GAP and dropout change may be chance.
+    136: a good start is not enough. What GAP and dropout change may be chance.
 
 Exercise
-    With batch normalization a network is said to bear higher rates. Do they help? In a copy,
+    Batch normalization is said to allow higher learning rates. Do they help? In a copy,
     step3_mine.py, set LEARNING_RATE = 0.1; `make step3_mine` takes three to ten minutes. Step 4 has
     the answer, for its own network.
 """
@@ -37,7 +37,7 @@ EPOCHS = 15  # the course's
 BATCH_SIZE = 128  # the course's; 469 batches an epoch
 LEARNING_RATE = 0.01  # the course's, the same for every batch
 MOMENTUM = 0.9  # the course's; an update adds 0.9 of the one before, so it keeps its direction
-DROPOUT = 0.1  # share of channels set to 0 in training; a lone value's neighbours could replace it
+DROPOUT = 0.1  # share of channels set to 0 in training; neighbours could replace a single value
 MEAN, STD = (0.1307,), (0.3081,)  # of the training pixels, scaled to 0..1; one value per channel
 
 train_transform = v2.Compose([
@@ -64,7 +64,7 @@ class Net(nn.Module):
     """Takes normalized images Nx1x28x28, returns logits Nx10: the highest marks the digit.
 
     The receptive field (RF) is the side of the input square that one output value depends on. Two
-    3x3, a pool and a 3x3 see 1 + 2 + 2 + 1 + 4 = 10 pixels: after a pool, a layer adds double.
+    3x3, a pool and a 3x3 see 1 + 2 + 2 + 1 + 4 = 10 pixels: after a pool, a 3x3 adds 4.
     """
 
     def __init__(self):

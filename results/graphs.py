@@ -74,10 +74,10 @@ def draw_steps():
         wrong = report.count_wrong(runs)
         axis.plot([weights] * len(wrong), wrong, "o", color=DARK, markersize=4)
         axis.plot(weights, fmean(wrong), "o", color=DARK, markersize=10)
-        axis.plot(weights, course, "x", color=LIGHT, markersize=9, markeredgewidth=2.5)
+        crosses = axis.plot(weights, course, "x", color=LIGHT, markersize=9, markeredgewidth=2.5)
         write(axis, f"step {step}: {weights:,} weights,\n{fmean(wrong):.0f} wrong digits",
               (weights, fmean(wrong)), DARK, (14 if step > 1 else -160, -9))
-    write(axis, "the course: best epoch of its one run", report.STEPS[3], LIGHT, (12, 2))
+    axis.legend(crosses, ["the course: best epoch of its one run"], loc="lower right")
     axis.set(xscale="log", xlim=(3e3, 2e7), ylim=(0, None), xlabel="weights, log scale",
              ylabel="wrong digits of 10,000, last epoch:\neach run, and their mean")
     axis.xaxis.set_major_formatter("{x:,.0f}")
@@ -170,16 +170,17 @@ def draw_folders(runs):
                                 squeeze=False, sharex=True, sharey="row")
     shown = {}  # a line for each label
     for number, (path, run) in enumerate(runs.items()):
-        tested = "validation" if "-validation" in path.name else "test"
-        head = f"{path.parent.name}/{path.name}: {run[-1]['epochs']}"
-        lines = [("train", "training, as logged", DARK), ("test", tested, LIGHT)]
+        folder = path.resolve()
+        tested = "validation" if "-validation" in folder.name else "test"
+        head = f"{folder.parent.name}/{folder.name}, epochs: {run[-1]['epochs']}"
+        lines = [("test", tested, LIGHT, "s--"), ("train", "training, as logged", DARK, "o-")]
         if many:
-            lines = [("test", f"{head} ({tested})", f"C{number}")]
+            lines = [("test", f"{head} ({tested})", f"C{number}", "osv^D"[number % 5] + "-")]
         column = axes[:, 0 if many else number]
-        for part, label, colour in lines:
+        for part, label, colour, style in lines:
             for axis, name in zip(column, (f"{part}_loss", f"{part}_accuracy", "learning_rate"),
                                   strict=True):
-                draw_lines(axis, [run], name, colour, "osv^D"[number % 5] + "-")
+                draw_lines(axis, [run], name, colour, style)
             shown[label] = column[0].lines[-1]
         column[0].set_title("" if many else textwrap.fill(head, 84 // len(runs)))
         column[2].set_xlabel("epoch")
