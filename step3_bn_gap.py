@@ -19,7 +19,7 @@ Came out (5 runs of 15 epochs)
 
 Why: one part left out or replaced, five runs each
     Without batch normalization 169 digits are wrong, with larger first weights (He) in its place
-    136: a good start is not enough. What GAP and dropout change may be chance.
+    136: these alone are not enough. What GAP and dropout change, in wrong digits, may be chance.
 
 Exercise
     Batch normalization is said to allow higher learning rates. Do they help? In a copy,

@@ -1,7 +1,7 @@
 """Ask step 4's network which digit each picture shows: `python results/digit.py photo.jpg`.
 
 It knows MNIST's digits only: white on black, the larger side 20 pixels, the centre of mass in the
-middle of 28x28. `prepare` makes this of a photograph. Most wrong answers are wrong pictures.
+middle of 28x28. `prepare` makes this of a photograph.
 """
 
 import argparse
@@ -35,8 +35,8 @@ def prepare(picture):
     box = mask.filter(ImageFilter.MaxFilter(9)).getbbox()  # with some paper around
     if not box:
         raise ValueError("looks blank: write larger, or with a darker pen")
-    scales = 2 * (page.width / mask.width, page.height / mask.height)  # cut from the large page
-    cut = page.crop([edge * scale for edge, scale in zip(box, scales, strict=True)])
+    x, y = page.width / mask.width, page.height / mask.height  # cut from the large page
+    cut = page.crop([edge * scale for edge, scale in zip(box, (x, y, x, y), strict=True)])
     cut = pil_to_tensor(ImageOps.contain(cut, (64, 64))).float()
     # The paper: the lightest of each square, then the darkest of all squares over a pixel. Ink is
     # gone, for each square holds some paper; shadows stay, so they are not in the difference.
@@ -47,9 +47,9 @@ def prepare(picture):
     while ImageStat.Stat(digit).sum[0] > 255 * 0.4 * max(digit.size) ** 2:  # MNIST's are thinner
         digit = ImageOps.expand(digit, 1).filter(ImageFilter.MinFilter(3))
         digit = digit.crop(digit.getbbox())
-    digit.thumbnail((20, 20))
-    weights = pil_to_tensor(digit)[0] / ImageStat.Stat(digit).sum[0]
-    row, column = ((weights.nonzero() + 0.5).T @ weights[weights > 0]).tolist()  # centre of mass
+    digit.thumbnail((20, 20))  # the larger side
+    mass = pil_to_tensor(digit)[0] / ImageStat.Stat(digit).sum[0]  # of each pixel; in all 1
+    row, column = ((mass.nonzero() + 0.5).T @ mass[mass > 0]).tolist()  # centre of mass
     image = Image.new("L", (28, 28))
     image.paste(digit, (round(14 - column), round(14 - row)))
     return pil_to_tensor(image)

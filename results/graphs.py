@@ -101,7 +101,7 @@ def draw_normalization():
     axis.set_xticks(range(9), ["input", *range(1, 8), "layer 8"])
 
     figure, axis = plt.subplots(num="step3", figsize=(8, 4.4))
-    figure.suptitle("Batch normalization is what counts: with it (dark blue)\n"
+    figure.suptitle("Of the parts tried, batch normalization is what counts: with it (dark blue)\n"
                     "both networks get far fewer digits wrong than without it (orange)")
     rows = []
     for job, runs in report.find_runs([2, 3], ["steps", "ingredients"]):
@@ -150,8 +150,8 @@ def draw_digits():
     for name, shown, title in (
             ("augmentation", [(image, "") for image in torch.cat(rows)],
              "Top row: training digits. Below: what five epochs may see instead, turned, slanted,\n"
-             f"stretched and shifted, at most about {math.degrees(math.atan(most)):.0f} degrees, "
-             f"{100 * most:.0f} % and {14 * most:.1f} pixels"),
+             "stretched and shifted, each alone by at most about "
+             f"{math.degrees(math.atan(most)):.0f} degrees, {100 * most:.0f} %, {14 * most:.1f} pixels"),
             ("wrong", [(images[index], f"{label} → {answer}") for index, label, answer in wrong],
              f"The {len(wrong)} test digits that step 4 (seed 1) gets wrong: "
              "label → the network's answer")):
