@@ -150,8 +150,8 @@ def draw_digits():
     for name, shown, title in (
             ("augmentation", [(image, "") for image in torch.cat(rows)],
              "Top row: training digits. Below: what five epochs may see instead, turned, slanted,\n"
-             "stretched and shifted, each alone by at most about "
-             f"{math.degrees(math.atan(most)):.0f} degrees, {100 * most:.0f} %, {14 * most:.1f} pixels"),
+             f"stretched and shifted, each alone by at most {math.degrees(math.atan(most)):.0f} "
+             f"degrees, {100 * most:.0f} %, {14 * most:.1f} pixels"),
             ("wrong", [(images[index], f"{label} → {answer}") for index, label, answer in wrong],
              f"The {len(wrong)} test digits that step 4 (seed 1) gets wrong: "
              "label → the network's answer")):
