@@ -168,6 +168,7 @@ def test_networks_and_loaders_of_ones_own(compiler, capsys, monkeypatch):
         common.show_summary(model, loader)
         fast = common.speed_up(model, args, loader)
         assert torch.equal(torch.get_rng_state(), state)
+        assert all(weights.grad is None for weights in model.parameters())  # of the trial
         assert all(map(torch.equal, before.values(), model.state_dict().values()))
         compiler.sizes.clear()
         common.train(fast, loader, torch.optim.SGD(model.parameters(), 0.01))
