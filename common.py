@@ -301,7 +301,7 @@ def speed_up(model, args, train_loader, next_epoch=0):
     bf16 = is_bf16_faster(args.device)
     # Large networks spend their time in convolutions, which compiling does not make faster.
     compiled = args.device.type != "mps" and sum(w.numel() for w in model.parameters()) < 1_000_000
-    wanted = not (args.plain or args.smoke) and len(train_loader) > 1 and next_epoch < args.epochs
+    wanted = not args.plain and len(train_loader) > 1 and next_epoch < args.epochs
     fast, how = model, "fp32, not compiled"
     devices = [] if args.device.type == "cpu" else [args.device]
     with torch.random.fork_rng(devices, device_type=args.device.type):
