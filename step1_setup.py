@@ -8,14 +8,14 @@ Tried
 Came out (2 runs of 15 epochs; an epoch is one pass over the 60,000 training images)
     In the end 26 of the 60,000 training digits are wrong, and 74 of the 10,000 test digits: test
     accuracy is 99.26 %. (The course exercise "CodingDrillDown", source of the four networks,
-    reports 99.26 %: the best epoch of its one run. Ours is 99.32 %.)
+    reports 99.26 %, but of the best epoch of its one run.)
 
 Why
     The network overfits: it learns its training digits by heart, and this hardly helps with new
-    ones. Look at results/step1.png: after epoch 5 (the first is 0) the training loss falls to a
-    fifth or less, but the test loss rises a little, and the number of wrong test digits goes up and
-    down between 68 and 99. So the network is good, but heavy, and its last nine epochs hardly
-    helped: from about 80 wrong digits to 74.
+    ones. Look at results/step1.png: after epoch 5 (the first is 0) the training loss goes on
+    falling, but the test loss rises a little, and the number of wrong test digits goes up and down.
+    So the network is good, but heavy, and its last nine epochs hardly helped: from about 80 wrong
+    digits to 74.
 
 Left open
     Do we need millions of weights? Step 2 tries 300 times fewer. (You need not wait for step 1:
