@@ -17,7 +17,7 @@ Why: what a change does, five runs each (results/step4.png)
         0.01                           69                  63
         0.1 (step 4: its peak)         90                  47
     At a constant 0.1 wrong digits jump from epoch to epoch; as the rate falls they settle. Most of
-    the gain needs both: at a constant 0.01, step 3's rate, with all else as here, 69 are wrong.
+    the gain needs a high rate and its fall: with a constant 0.01, all else as here, 69 are wrong.
     Without augmentation 50 are wrong, which may be chance: 60,000 digits are many. With only the
     first 3,000, and as many updates, 144 are wrong without augmentation, 91 with it.
 

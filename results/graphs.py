@@ -178,10 +178,10 @@ def draw_folders(runs):
             lines = [("test", f"{head} ({tested})", f"C{number}", "osv^D"[number % 5] + "-")]
         column = axes[:, 0 if many else number]
         for part, label, colour, style in lines:
-            for axis, name in zip(column, (f"{part}_loss", f"{part}_accuracy", "learning_rate"),
-                                  strict=True):
-                draw_lines(axis, [run], name, colour, style)
+            draw_lines(column[0], [run], f"{part}_loss", colour, style)
+            draw_lines(column[1], [run], f"{part}_accuracy", colour, style)
             shown[label] = column[0].lines[-1]
+        draw_lines(column[2], [run], "learning_rate", colour, style)
         column[0].set_title("" if many else textwrap.fill(head, 84 // len(runs)))
         column[2].set_xlabel("epoch")
         column[2].xaxis.get_major_locator().set_params(integer=True)

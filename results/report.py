@@ -109,7 +109,9 @@ def make_table(heads, name, *steps):
     if len(made) > 1:
         captions = ["Made on more than one kind of machine or precision:\n"]
         captions += [f"- {kind}: {', '.join(rows)}" for kind, rows in made.items()]
-    return "\n".join([to_table(heads, lines), *([] if "lesson" in heads else ["", *captions])])
+    if "lesson" in heads:  # README's: it links to the captions
+        return to_table(heads, lines)
+    return "\n".join([to_table(heads, lines), "", *captions])
 
 
 def read_folders(paths):
@@ -148,11 +150,11 @@ def tell(paths):
             words = f"**{len(counted[script])} {'' if finished else 'unfinished '}runs**"
             lines.append({"run": words} | describe(counted[script]))
         parts.append(to_table(RUNS, lines))
-    first = next(iter(counted))
-    for script, runs in list(counted.items())[1:]:
-        difference, error, verdict = compare(runs, counted[first])
+    names = list(counted)
+    for script in names[1:]:
+        difference, error, verdict = compare(counted[script], counted[names[0]])
         spread = "" if error is None else f" ± {error:.1f}"
-        parts.append(f"{script} against {first}: {abs(difference):.1f}{spread} "
+        parts.append(f"{script} against {names[0]}: {abs(difference):.1f}{spread} "
                      f"{'fewer' if difference < 0 else 'more'} wrong digits: {verdict}")
     return "\n\n".join(parts)
 

@@ -36,8 +36,9 @@ def main(rounds=5):
         table.append(f"| {words} | {medians} | {statistics.median(ratios):.2f} "
                      f"({ratios[0]:.2f} to {ratios[-1]:.2f}) |")
         print(table[-1], flush=True)
-    kind = ", ".join(experiments.foresee_kind(experiments.EXPERIMENTS[0]).split(", ")[:2])
-    caption = f"{kind}, {os.cpu_count()} cores; an epoch of 7,680 images, medians of {rounds}\n"
+    cpu, version = experiments.common.CPU.get("cpu_name"), experiments.common.torch.__version__
+    caption = (f"{cpu}, torch {version}, {os.cpu_count()} cores. Seconds of one epoch on 7,680 "
+               f"images, medians of {rounds} rounds; a ratio has its range behind.\n")
     (experiments.HERE / "bench.md").write_text("\n".join([caption, *table, ""]), "utf-8")
 
 

@@ -20,6 +20,9 @@ from torchvision.transforms import v2
 
 import common
 
+STEP2, STEP4 = STEPS["step2"], STEPS["step4"]
+SMOKE = ["--smoke", "--device", "cpu"]  # with the default folders
+
 
 def check_log(text, batches):
     """Compare all that a run of one epoch has printed with the documented format."""
@@ -53,19 +56,18 @@ def test_smoke_and_the_numbers_in_the_text(step, small, tmp_path, capsys):
 
 
 def test_ten_values_of_images_of_any_shape(small, tmp_path, monkeypatch, capsys):
-    step = STEPS["step2"]
     for layers, gives in (
             ([nn.Conv2d(1, 10, 14, stride=14), nn.Flatten()], "40"),  # padded by a learner, say
             ([nn.Conv2d(1, 10, 28)], "10x1x1"), ([nn.Flatten(), nn.Linear(784, 9)], "9")):
-        monkeypatch.setattr(step, "Net", lambda layers=layers: nn.Sequential(*layers))
-        line = refuse(step, *flags(small, tmp_path / "out"))
+        monkeypatch.setattr(STEP2, "Net", lambda layers=layers: nn.Sequential(*layers))
+        line = refuse(STEP2, *flags(small, tmp_path / "out"))
         assert f" {gives} " in line and " 10" in line and not (tmp_path / "out").exists()
     # A copy may resize, or repeat the channel, for a network that wants it.
-    bigger = v2.Compose([step.test_transform, v2.Resize(32), lambda it: it.repeat(1, 3, 1, 1)])
-    monkeypatch.setattr(step, "train_transform", bigger)
-    monkeypatch.setattr(step, "test_transform", bigger)
-    monkeypatch.setattr(step, "Net", lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)))
-    step.main(flags(small, tmp_path))
+    bigger = v2.Compose([STEP2.test_transform, v2.Resize(32), lambda it: it.repeat(1, 3, 1, 1)])
+    monkeypatch.setattr(STEP2, "train_transform", bigger)
+    monkeypatch.setattr(STEP2, "test_transform", bigger)
+    monkeypatch.setattr(STEP2, "Net", lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)))
+    STEP2.main(flags(small, tmp_path))
     assert "[1, 3072]" in capsys.readouterr().out
 
 
@@ -138,10 +140,6 @@ def test_compiler_and_its_broken_cache(small, tmp_path):
         for path in tmp_path.rglob("*.so"):
             path.write_bytes(b"")  # as a run may leave it that is killed while it compiles
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
-
-
-STEP2, STEP4 = STEPS["step2"], STEPS["step4"]
-SMOKE = ["--smoke", "--device", "cpu"]  # with the default folders
 
 
 @pytest.mark.parametrize(("train", "test"), [(5, 3), (1, 1)])
